@@ -1,0 +1,1 @@
+"""The evaluate stage: lm-eval tasks, built once, scored item by item."""

@@ -1,0 +1,25 @@
+"""Executors: where jobs run. All have the shape of `concurrent.futures`."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Protocol
+
+from llmevo.pipeline import Job, Outcome
+
+
+class Executor(Protocol):
+    """Runs jobs somewhere; a job that cannot be run still gives an Outcome, with `error`."""
+
+    @property
+    def workers(self) -> int:
+        """How many jobs run at once."""
+        ...
+
+    def submit(self, job: Job) -> Future[Outcome]:
+        """Start a job, or queue it."""
+        ...
+
+    def shutdown(self, cancel: bool = False) -> None:
+        """Release the workers; with `cancel`, do not wait for jobs in flight."""
+        ...

@@ -1,0 +1,1 @@
+"""Chat clients: one request in, one reply out, behind one Protocol."""

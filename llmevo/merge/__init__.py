@@ -1,0 +1,1 @@
+"""The merge stage: parents in, one resident merged model out."""

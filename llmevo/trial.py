@@ -1,0 +1,150 @@
+"""Trials, proposals and scores: plain data, each with an exact way to JSON and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, final
+
+from llmevo.errors import TrialError
+from llmevo.space import Params
+
+
+class State(StrEnum):
+    """Where a trial stands."""
+
+    PENDING = "pending"
+    COMPLETE = "complete"
+    FAILED = "failed"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a trial scored, with what each item scored.
+
+    Args:
+        value: The fitness: finite, in the direction that the optimizer was told.
+        stderr: One standard error of `value`, or None if it is unknown.
+        items: Per-item scores by task, in the run's stored item order.
+
+    Raises:
+        TrialError: `value` is not finite, or `stderr` is negative or not finite.
+    """
+
+    value: float
+    stderr: float | None = None
+    items: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise TrialError(f"`value` must be finite, but got {self.value!r}.")
+        if self.stderr is not None and not (math.isfinite(self.stderr) and self.stderr >= 0):
+            raise TrialError(f"`stderr` must be finite and >= 0, but got {self.stderr!r}.")
+
+    @classmethod
+    def from_items(cls, items: Sequence[float], task: str = "items") -> Score:
+        """The mean of per-item scores, with the standard error of the mean.
+
+        Raises:
+            TrialError: No item, or a mean that is not finite.
+        """
+        if len(items) == 0:
+            raise TrialError("`items` must not be empty: a mean of nothing is no score.")
+        values = [float(item) for item in items]
+        mean = math.fsum(values) / len(values)
+        return cls(mean, standard_error(values), {task: values})
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `from_json` gives an equal Score back."""
+        items = {task: list(values) for task, values in self.items.items()}
+        return {"value": self.value, "stderr": self.stderr, "items": items}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Score:
+        """The Score that `to_json` wrote."""
+        return cls(data["value"], data["stderr"], dict(data["items"]))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean, `sqrt(s^2 / n)` with the n - 1 variance; None below two values."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = math.fsum(values) / count
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A point that a proposer suggests.
+
+    Args:
+        params: A value for every gene, as `Space.validate` or `Space.from_unit` returns them.
+        origin: Who made it: the proposer's name, or for instance `llm+mutated` or `fallback:timeout`.
+        attrs: The proposer's own notes, as JSON; it finds them again in `Trial.attrs`.
+    """
+
+    params: Params
+    origin: str
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One evaluated point; frozen, and replaced when something becomes known of it.
+
+    Args:
+        number: 0, 1, 2, ... in the order of `ask`.
+        params: A value for every gene; empty for a reference outside the space (a parent, say), which
+            proposers do not see.
+        origin: Who proposed it.
+        state: Pending until it is told.
+        attrs: The proposer's JSON notes.
+        batch: Number of the first trial that the same `ask` gave out.
+        score: Present if and only if the trial is complete.
+        error: One line; present if and only if the trial failed.
+        metrics: Every metric by task, for people.
+        cost: Seconds and bytes by stage.
+    """
+
+    number: int
+    params: Params
+    origin: str
+    state: State = State.PENDING
+    attrs: dict[str, Any] = field(default_factory=dict)
+    batch: int = 0
+    score: Score | None = None
+    error: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float | None:
+        """The score's value, or None while there is none."""
+        return None if self.score is None else self.score.value
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `from_json` gives an equal Trial back."""
+        return {
+            "number": self.number,
+            "params": dict(self.params),
+            "origin": self.origin,
+            "state": self.state.value,
+            "attrs": self.attrs,
+            "batch": self.batch,
+            "score": None if self.score is None else self.score.to_json(),
+            "error": self.error,
+            "metrics": self.metrics,
+            "cost": self.cost,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        """The Trial that `to_json` wrote."""
+        score = None if data["score"] is None else Score.from_json(data["score"])
+        return cls(**{**data, "state": State(data["state"]), "score": score})
