@@ -4,8 +4,8 @@ The core is `Space`, `Optimizer` and the proposers; importing it needs numpy and
 """
 
 from llmevo.errors import GenomeError as GenomeError
-from llmevo.errors import LlmevoError as LlmevoError
 from llmevo.errors import LLMError as LLMError
+from llmevo.errors import LlmevoError as LlmevoError
 from llmevo.errors import ProposerError as ProposerError
 from llmevo.errors import RunLockedError as RunLockedError
 from llmevo.errors import SpaceError as SpaceError

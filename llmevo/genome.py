@@ -1,7 +1,7 @@
 """The genome file: what the YAML may say, as pydantic models.
 
-The upper half (`genome`, `tasks`, `limit` and so on) is `mergekit-evolve`'s format, so that its files run here
-unchanged. `search`, `llm`, `evaluate`, `run` and `warm_start` are ours. Unknown keys are refused.
+The upper half (`genome`, `tasks`, `limit` and so on) is `mergekit-evolve`'s format, so that its files run
+here unchanged. `search`, `llm`, `evaluate`, `run` and `warm_start` are ours. Unknown keys are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class _Model(BaseModel):
 class FloatGene(_Model):
     """`{float: [low, high], log: false, step: null, init: null}`."""
 
-    float: tuple[float, float]
+    bounds: tuple[float, float] = Field(alias="float")
     log: bool = False
     step: Annotated[float, Field(gt=0)] | None = None
     init: float | None = None
@@ -29,7 +29,7 @@ class FloatGene(_Model):
 class IntGene(_Model):
     """`{int: [low, high], log: false, step: 1, init: null}`."""
 
-    int: tuple[int, int]
+    bounds: tuple[int, int] = Field(alias="int")
     log: bool = False
     step: Annotated[int, Field(ge=1)] = 1
     init: int | None = None
@@ -38,7 +38,7 @@ class IntGene(_Model):
 class ChoiceGene(_Model):
     """`{choice: [a, b, c], ordered: false, init: null}`."""
 
-    choice: Annotated[list[Value], Field(min_length=1)]
+    choices: Annotated[list[Value], Field(min_length=1)] = Field(alias="choice")
     ordered: bool = False
     init: Value = None
 

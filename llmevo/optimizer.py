@@ -188,8 +188,8 @@ class Optimizer:
             The trial as it now stands. Telling the same result again changes nothing.
 
         Raises:
-            TrialError: An unknown trial, both or neither of `value` and `error`, or a result that differs from
-                the one already told.
+            TrialError: An unknown trial, both or neither of `value` and `error`, or a result that differs
+                from the one already told.
         """
         number = trial.number if isinstance(trial, Trial) else int(trial)
         if not 0 <= number < len(self._trials):

@@ -224,7 +224,7 @@ class Int:
         """Value whose cell contains the coordinate `unit` in [0, 1]."""
         if self.log and self.count > 1:
             low, high = self._log_axis()
-            value = round(math.exp(low + unit * (high - low)))
+            value: int = round(math.exp(low + unit * (high - low)))
             return min(max(value, self.low), self.high)
         return self.low + _cell(unit, self.count) * self.step
 
