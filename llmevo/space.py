@@ -201,7 +201,7 @@ class Int:
         """Return `value` as an int, or raise SpaceError naming the gene `name`."""
         if not _is_number(value) or not math.isfinite(float(value)) or int(value) != value:  # type: ignore[arg-type, call-overload]
             raise SpaceError(f"`{name}` must be a whole number, but got {value!r}.")
-        number = int(value)  # type: ignore[call-overload]
+        number: int = int(value)  # type: ignore[call-overload]
         if not self.low <= number <= self.high:
             raise SpaceError(f"`{self.low} <= {name} <= {self.high}` must hold, but got {number}.")
         if (number - self.low) % self.step:
