@@ -1,0 +1,454 @@
+"""The run directory: one SQLite file as the only source of truth, with artefacts beside it.
+
+::
+
+    run.db            meta, trials, holdout, events
+    lock              held with flock by the one process that drives the run; says its pid
+    genome.yaml       the user's file, verbatim
+    best/recipe.yaml  and whatever else is written with `write_atomic`
+
+SQLite runs in WAL mode with `synchronous=FULL` (https://sqlite.org/wal.html), so a transaction that returned
+survives `kill -9` and power loss. Pages carry no checksum, so each row carries one: a flipped bit is a
+StoreError, never a wrong score.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, final
+
+from pydantic import ValidationError
+
+from llmevo.errors import RunLockedError, StoreError
+from llmevo.genome import Genome
+from llmevo.pipeline import Outcome
+from llmevo.trial import Score, State, Trial
+
+DATABASE = "run.db"
+LOCK = "lock"
+
+
+def _m001_initial(db: sqlite3.Connection) -> None:
+    # The generated columns are for people with the sqlite3 shell; llmevo reads `body` only.
+    db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, body TEXT NOT NULL, crc INTEGER NOT NULL)")
+    db.execute(
+        "CREATE TABLE trials (number INTEGER PRIMARY KEY, body TEXT NOT NULL, crc INTEGER NOT NULL,"
+        " state TEXT AS (body ->> '$.state'), origin TEXT AS (body ->> '$.origin'),"
+        " value REAL AS (body ->> '$.score.value'), error TEXT AS (body ->> '$.error'))"
+    )
+    db.execute(
+        "CREATE TABLE holdout (number INTEGER PRIMARY KEY, label TEXT UNIQUE, body TEXT NOT NULL,"
+        " crc INTEGER NOT NULL)"
+    )
+    db.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, body TEXT NOT NULL, crc INTEGER NOT NULL)")
+
+
+# Each takes the schema one version up; SQLite's user_version counts those that have run.
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_m001_initial]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class HoldoutRow:
+    """What a trial scored on the held-out items.
+
+    Args:
+        label: `evolved`, `evolved:2`, ..., or a reference's origin (`parent:NAME`, `uniform`, `baseline`).
+        number: The trial's number.
+        score: With per-item scores; None if the evaluation failed.
+        metrics: Every metric by task.
+        error: Why it failed.
+        seconds: Wall time by stage.
+    """
+
+    label: str
+    number: int
+    score: Score | None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    error: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that every reader, also after a power loss, sees the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_aside(run_dir: Path) -> Path:
+    """Rename a run directory to the first free of `NAME.old-1`, `NAME.old-2`, ...; nothing is deleted.
+
+    Raises:
+        RunLockedError: A process drives the run.
+    """
+    lock = _lock(run_dir)
+    try:
+        number = 1
+        while (target := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+            number += 1
+        run_dir.rename(target)
+    finally:
+        os.close(lock)
+    return target
+
+
+def _lock(run_dir: Path) -> int:
+    """An open descriptor that holds the run; the kernel lets go of it however the process ends."""
+    descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise RunLockedError(
+            f"`{run_dir}` is driven by another process (pid {owner}); wait for it, stop it, or choose "
+            "another --run-dir."
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _pack(data: Any) -> tuple[str, int]:
+    body = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return body, zlib.crc32(body.encode())
+
+
+@final
+class Store:
+    """One run's store; made by `create` or `open`, and a context manager.
+
+    All methods raise StoreError when the disk or the file does not serve.
+    """
+
+    def __init__(self, run_dir: Path, db: sqlite3.Connection, lock: int | None) -> None:
+        self.run_dir = run_dir
+        self._db = db
+        self._lock = lock
+        self._genome: Genome | None = None
+
+    @staticmethod
+    def exists(run_dir: str | Path) -> bool:
+        """Whether a run was begun in this directory."""
+        path = Path(run_dir) / DATABASE
+        if not path.is_file() or path.stat().st_size == 0:
+            return False
+        with _connect(path, readonly=True) as db:
+            # A run killed while it was being created has a file, but no schema yet.
+            return bool(_first(db, "PRAGMA user_version", path)) or bool(
+                _first(db, "SELECT count(*) FROM sqlite_master", path)
+            )
+
+    @classmethod
+    def create(cls, run_dir: str | Path, genome_text: str, genome: Genome) -> Store:
+        """Begin a run: the directory, the lock, the verbatim genome, the schema.
+
+        Args:
+            run_dir: A directory without a run in it; made if missing.
+            genome_text: The user's file.
+            genome: What it says, overrides included.
+
+        Raises:
+            StoreError: There is a run already.
+            RunLockedError: Another process is creating one.
+        """
+        path = Path(run_dir)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path)
+        except OSError as error:
+            raise StoreError(f"`{path}` cannot be a run directory: {error}.") from error
+        try:
+            if cls.exists(path):
+                raise StoreError(f"`{path}` already has a run; open it, or choose another --run-dir.")
+            write_atomic(path / "genome.yaml", genome_text)
+            store = cls(path, _open_database(path / DATABASE), lock)
+            with store._transaction():
+                _migrate(store._db, path)
+                store._put_meta("genome", genome.model_dump(mode="json", by_alias=True))
+                store._put_meta("genome_text", genome_text)
+            _sync_directory(path)
+        except OSError as error:
+            os.close(lock)
+            raise StoreError(f"`{path}` cannot be a run directory: {error}.") from error
+        except BaseException:
+            os.close(lock)
+            raise
+        return store
+
+    @classmethod
+    def open(cls, run_dir: str | Path, readonly: bool = False) -> Store:
+        """Open a run.
+
+        Args:
+            run_dir: Where it lies.
+            readonly: Only look; works while another process drives the run.
+
+        Raises:
+            StoreError: No run there, a corrupt file, or one of a newer llmevo.
+            RunLockedError: Another process drives the run.
+        """
+        path = Path(run_dir)
+        if not (path / DATABASE).is_file():
+            raise StoreError(f"`{path}` has no run in it ({DATABASE} is missing).")
+        lock = None if readonly else _lock(path)
+        try:
+            db = _connect(path / DATABASE, True) if readonly else _open_database(path / DATABASE)
+            store = cls(path, db, lock)
+            store._check()
+            if not readonly:
+                with store._transaction():
+                    _migrate(store._db, path)
+        except BaseException:
+            if lock is not None:
+                os.close(lock)
+            raise
+        return store
+
+    def _check(self) -> None:
+        result = _first(self._db, "PRAGMA quick_check(1)", self.run_dir)
+        if result != "ok":
+            raise StoreError(f"`{self.run_dir / DATABASE}` is damaged ({result}); restore it from a copy.")
+        version = int(_first(self._db, "PRAGMA user_version", self.run_dir))
+        if version > len(MIGRATIONS):
+            raise StoreError(
+                f"`{self.run_dir}` was written by a newer llmevo (schema {version}, this one knows "
+                f"{len(MIGRATIONS)}); upgrade llmevo."
+            )
+        if version == 0:
+            raise StoreError(f"`{self.run_dir / DATABASE}` is damaged or not of llmevo (it has no schema).")
+
+    def close(self) -> None:
+        """Let go of the file and the lock."""
+        self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"`{self.run_dir / DATABASE}` cannot be written: {error}. Nothing that was reported is lost; "
+                "the same command goes on once it can."
+            ) from error
+
+    def _rows(self, query: str, *arguments: object) -> list[tuple[Any, ...]]:
+        """Rows whose last two columns are body and crc; the body comes decoded, the crc is dropped."""
+        rows = []
+        try:
+            for *columns, body, crc in self._db.execute(query, arguments):
+                if zlib.crc32(str(body).encode("utf-8", "surrogateescape")) != crc:
+                    raise StoreError(f"`{self.run_dir / DATABASE}` is damaged: a row does not match its sum.")
+                rows.append((*columns, json.loads(body)))
+        except (sqlite3.Error, ValueError) as error:
+            raise StoreError(f"`{self.run_dir / DATABASE}` cannot be read: {error}.") from error
+        return rows
+
+    def _put_meta(self, key: str, value: Any) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO meta (key, body, crc) VALUES (?, ?, ?)", (key, *_pack(value))
+        )
+
+    def meta(self, key: str, default: Any = None) -> Any:
+        """The JSON value that `set_meta` stored under `key`."""
+        rows = self._rows("SELECT body, crc FROM meta WHERE key = ?", key)
+        return rows[0][0] if rows else default
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Store a JSON value."""
+        with self._transaction():
+            self._put_meta(key, value)
+
+    @property
+    def genome(self) -> Genome:
+        """The genome of the run, overrides included."""
+        if self._genome is None:
+            try:
+                self._genome = Genome.model_validate(self.meta("genome"))
+            except ValidationError as error:
+                raise StoreError(f"`{self.run_dir}`: its genome cannot be read: {error}") from error
+        return self._genome
+
+    @property
+    def genome_text(self) -> str:
+        """The user's genome file, verbatim."""
+        return str(self.meta("genome_text"))
+
+    def replace_genome(self, genome_text: str, genome: Genome) -> None:
+        """Take over a genome that differs in what may change between two sittings (the budget, say)."""
+        with self._transaction():
+            self._put_meta("genome", genome.model_dump(mode="json", by_alias=True))
+            self._put_meta("genome_text", genome_text)
+        self._genome = None
+        write_atomic(self.run_dir / "genome.yaml", genome_text)
+
+    def begin(self, trials: Sequence[Trial]) -> None:
+        """Record the pending trials of one `ask`, all or none."""
+        with self._transaction():
+            for trial in trials:
+                self._db.execute(
+                    "INSERT INTO trials (number, body, crc) VALUES (?, ?, ?)",
+                    (trial.number, *_pack(trial.to_json())),
+                )
+
+    def commit(self, trial: Trial) -> Trial:
+        """Record a finished trial; when this returns, it is on disk.
+
+        Returns:
+            The trial with the seconds that this took added to `cost["store"]`.
+
+        Raises:
+            StoreError: The trial is pending, was never begun, or is already recorded with another result.
+        """
+        if trial.state is State.PENDING:
+            raise StoreError(f"trial {trial.number} is pending and cannot be committed.")
+        rows = self._rows("SELECT body, crc FROM trials WHERE number = ?", trial.number)
+        known = Trial.from_json(rows[0][0]) if rows else None
+        if known is None:
+            raise StoreError(f"trial {trial.number} was never begun.")
+        if known.state is not State.PENDING and (known.score, known.error) != (trial.score, trial.error):
+            raise StoreError(f"trial {trial.number} is already recorded with another result.")
+        start = time.perf_counter()
+        self._update(trial)
+        seconds = time.perf_counter() - start + trial.cost.get("store", 0.0)
+        timed = replace(trial, cost={**trial.cost, "store": seconds})
+        self._update(timed)  # the time of a commit is known only after it
+        return timed
+
+    def _update(self, trial: Trial) -> None:
+        with self._transaction():
+            self._db.execute(
+                "UPDATE trials SET body = ?, crc = ? WHERE number = ?",
+                (*_pack(trial.to_json()), trial.number),
+            )
+
+    def trials(self) -> list[Trial]:
+        """Every trial, by number."""
+        rows = self._rows("SELECT number, body, crc FROM trials ORDER BY number")
+        trials = [Trial.from_json(body) for _, body in rows]
+        for index, trial in enumerate(trials):
+            if trial.number != index or rows[index][0] != index:
+                raise StoreError(f"`{self.run_dir / DATABASE}` is damaged: trial {index} is missing.")
+        return trials
+
+    def save_holdout(self, label: str, number: int, outcome: Outcome) -> None:
+        """Record what trial `number` scored on the held-out items.
+
+        A label belongs to one trial: an earlier holder keeps its scores in the file, without the label.
+        """
+        body = {
+            "score": None if outcome.score is None else outcome.score.to_json(),
+            "metrics": outcome.metrics,
+            "error": outcome.error,
+            "seconds": outcome.seconds,
+        }
+        with self._transaction():
+            self._db.execute("UPDATE holdout SET label = NULL WHERE label = ?", (label,))
+            self._db.execute(
+                "INSERT OR REPLACE INTO holdout (number, label, body, crc) VALUES (?, ?, ?, ?)",
+                (number, label, *_pack(body)),
+            )
+
+    def holdout(self) -> list[HoldoutRow]:
+        """What was scored on the held-out items, in the order of the trials."""
+        rows = self._rows(
+            "SELECT number, label, body, crc FROM holdout WHERE label IS NOT NULL ORDER BY number"
+        )
+        return [
+            HoldoutRow(label, number, score and Score.from_json(score), **body)
+            for number, label, body in rows
+            for score in [body.pop("score")]
+        ]
+
+    def log(self, kind: str, **data: Any) -> None:
+        """Append an event with the wall-clock time."""
+        body = {"kind": kind, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **data}
+        with self._transaction():
+            self._db.execute("INSERT INTO events (body, crc) VALUES (?, ?)", _pack(body))
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Everything that was logged, oldest first: `kind`, `at` and the event's own keys."""
+        return [body for (body,) in self._rows("SELECT body, crc FROM events ORDER BY id")]
+
+
+def _connect(path: Path, readonly: bool) -> sqlite3.Connection:
+    uri = path.resolve().as_uri() + ("?mode=ro" if readonly else "?mode=rwc")
+    try:
+        db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30.0)
+        # A bit flipped in a text may not be UTF-8; the row's sum must get to see it.
+        db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+    except sqlite3.Error as error:
+        raise StoreError(f"`{path}` cannot be opened: {error}.") from error
+    return db
+
+
+def _open_database(path: Path) -> sqlite3.Connection:
+    db = _connect(path, readonly=False)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error as error:
+        db.close()
+        raise StoreError(f"`{path}` is damaged or not a database: {error}.") from error
+    return db
+
+
+def _first(db: sqlite3.Connection, query: str, path: Path) -> Any:
+    try:
+        return db.execute(query).fetchone()[0]
+    except (sqlite3.Error, TypeError) as error:
+        raise StoreError(f"`{path}` is damaged or not a run of llmevo: {error}.") from error
+
+
+def _migrate(db: sqlite3.Connection, path: Path) -> None:
+    version = int(_first(db, "PRAGMA user_version", path))
+    for number, migration in enumerate(MIGRATIONS[version:], start=version + 1):
+        migration(db)
+        db.execute(f"PRAGMA user_version = {number}")
