@@ -1,0 +1,113 @@
+"""What a run tells: before it starts, while it goes on, and when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, final
+
+from llmevo.genome import Genome
+from llmevo.space import Space
+from llmevo.trial import Score, Trial
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What is known when a run starts.
+
+    Args:
+        run_dir: Where it is kept.
+        genome: What is searched.
+        space: The genes.
+        trials: The trials of earlier sittings, pending ones included.
+        references: How many of the first trials are references (baseline, parents, uniform, warm starts).
+        batch: Trials per `ask`.
+    """
+
+    run_dir: Path
+    genome: Genome
+    space: Space
+    trials: tuple[Trial, ...]
+    references: int
+    batch: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table on held-out items.
+
+    Args:
+        label: `evolved`, `evolved:2`, ..., `parent:NAME`, `uniform`, `baseline` or `warm_start:I`.
+        trial: The trial, with its score on the search items.
+        score: On the held-out items; None if that evaluation failed.
+        interval: Of the paired difference to the best parent, with that parent's row as zero; None for that
+            row itself, without a parent, and where a score is missing.
+        error: Why the held-out evaluation failed.
+    """
+
+    label: str
+    trial: Trial
+    score: Score | None
+    interval: Any
+    error: str | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """How a run, or one sitting of it, ended.
+
+    Args:
+        run_dir: Where it is kept.
+        exit_code: 0 finished; 1 no trial was completed; 3 stopped early and resumable; 130 interrupted.
+        reason: One line on why it ended.
+        resumable: Whether the same command would do more.
+        best: The best complete trial on the search items, references included.
+        evolved: The best complete trial that a proposer made.
+        trials: Every trial, by number.
+        references: The first trials, which no proposer made.
+        table: Scores on the held-out items; empty until the search is finished.
+        origins: Number of trials by origin.
+        seconds: Wall time summed over all trials by phase: `propose`, `merge`, `evaluate`, `store`, ...
+        elapsed: Wall time of this sitting.
+    """
+
+    run_dir: Path
+    exit_code: int
+    reason: str
+    resumable: bool
+    best: Trial | None
+    evolved: Trial | None
+    trials: tuple[Trial, ...]
+    references: tuple[Trial, ...] = ()
+    table: tuple[Row, ...] = ()
+    origins: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    elapsed: float = 0.0
+
+
+class Observer(Protocol):
+    """Sees the run; every result it is shown is on disk. Called from the thread that called `run`."""
+
+    def started(self, info: RunInfo) -> None:
+        """The run directory is ours; no model is loaded yet."""
+        ...
+
+    def note(self, line: str) -> None:
+        """One line for a person: loading, a signal, a fallback."""
+        ...
+
+    def asked(self, trials: Sequence[Trial], seconds: float) -> None:
+        """A batch was proposed in `seconds`, and recorded."""
+        ...
+
+    def finished(self, trial: Trial, best: Trial | None) -> None:
+        """A trial is complete or failed; `best` is the best so far."""
+        ...
+
+    def ended(self, summary: RunSummary) -> None:
+        """Nothing more will come."""
+        ...
