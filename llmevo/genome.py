@@ -1,4 +1,4 @@
-"""The genome file: what the YAML may say, as pydantic models.
+"""The genome file: what the YAML may say, as pydantic models, and how it is read.
 
 The upper half (`genome`, `tasks`, `limit` and so on) is `mergekit-evolve`'s format, so that its files run
 here unchanged. `search`, `llm`, `evaluate`, `run` and `warm_start` are ours. Unknown keys are refused.
@@ -6,47 +6,22 @@ here unchanged. `search`, `llm`, `evaluate`, `run` and `warm_start` are ours. Un
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from llmevo.space import Value
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FloatGene(_Model):
-    """`{float: [low, high], log: false, step: null, init: null}`."""
-
-    bounds: tuple[float, float] = Field(alias="float")
-    log: bool = False
-    step: Annotated[float, Field(gt=0)] | None = None
-    init: float | None = None
+from llmevo import yamltext
+from llmevo.errors import GenomeError
+from llmevo.explain import explain
+from llmevo.genespec import Methods, ModelSetting, Spec
 
 
-class IntGene(_Model):
-    """`{int: [low, high], log: false, step: 1, init: null}`."""
-
-    bounds: tuple[int, int] = Field(alias="int")
-    log: bool = False
-    step: Annotated[int, Field(ge=1)] = 1
-    init: int | None = None
-
-
-class ChoiceGene(_Model):
-    """`{choice: [a, b, c], ordered: false, init: null}`."""
-
-    choices: Annotated[list[Value], Field(min_length=1)] = Field(alias="choice")
-    ordered: bool = False
-    init: Value = None
-
-
-GeneSpec: TypeAlias = FloatGene | IntGene | ChoiceGene
-
-
-class MergeSpec(_Model):
+class MergeSpec(Spec):
     """What is merged, and which parts of the recipe may vary.
 
     The fields up to `smooth` are those of mergekit-evolve's `ModelGenomeDefinition`.
@@ -61,13 +36,17 @@ class MergeSpec(_Model):
         allow_negative_weights: Whether weights may be negative.
         filters: Substrings of tensor names with genes of their own; the rest is one more set.
         smooth: Interpolate between the groups' values instead of stepping.
-        parameters: Per-model or global mergekit parameters, each a number or a gene. What is not named here
-            and is searched by mergekit-evolve (weight, density, t) is a gene with its default range.
+        parameters: mergekit's parameters, each a fixed value, a gene, or a mapping from a model (its path,
+            or its label: the last part of the path) to one of these. What is not named here and shapes
+            the merge (weight, density, t, select_topk) is a gene with its default range; everything else
+            keeps mergekit's default.
         dtype: In which the merge is computed and exported.
+        num_layers: Transformer layers of the models; None to read them from the first model's
+            config.json, which needs it on this machine or the network.
     """
 
     models: Annotated[list[str], Field(min_length=1)]
-    merge_method: str | Annotated[list[str], Field(min_length=1)] = "task_arithmetic"
+    merge_method: Methods = "task_arithmetic"
     base_model: str | None = None
     tokenizer_source: str | None = None
     layer_granularity: Annotated[int, Field(ge=0)] = 0
@@ -75,11 +54,47 @@ class MergeSpec(_Model):
     allow_negative_weights: bool = False
     filters: list[str] | None = None
     smooth: bool = False
-    parameters: dict[str, GeneSpec | bool | int | float | str] = Field(default_factory=dict)
+    parameters: dict[str, ModelSetting] = Field(default_factory=dict)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    num_layers: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def methods(self) -> list[str]:
+        """`merge_method` as a list."""
+        return [self.merge_method] if isinstance(self.merge_method, str) else list(self.merge_method)
+
+    @field_validator("models", "filters", "merge_method", mode="after")
+    @classmethod
+    def _distinct(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            if len(set(value)) < len(value):
+                raise ValueError(f"must not name anything twice, but got {value!r}; remove the double one")
+            if not all(value):
+                raise ValueError(f"must not hold empty strings, but got {value!r}; remove them")
+        return value
+
+    @field_validator("models", "base_model", mode="after")
+    @classmethod
+    def _references(cls, value: Any) -> Any:
+        for reference in value if isinstance(value, list) else [] if value is None else [value]:
+            parts = reference.split("+")
+            if len(parts) > 2 or any(not part.split("@")[0] or part.count("@") > 1 for part in parts):
+                raise ValueError(f"must be `path[@revision][+adapter[@revision]]`, but got {reference!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _layers(self) -> MergeSpec:
+        if self.num_layers and self.layer_granularity and self.num_layers % self.layer_granularity:
+            raise ValueError(
+                f"`num_layers` must be a multiple of `layer_granularity`, but got {self.num_layers} and "
+                f"{self.layer_granularity}; choose a granularity that divides it"
+            )
+        if self.normalize is not None and "normalize" in self.parameters:
+            raise ValueError("`normalize` and `parameters.normalize` exclude each other; remove one")
+        return self
 
 
-class TaskSpec(_Model):
+class TaskSpec(Spec):
     """One lm-eval task of the fitness.
 
     Attributes:
@@ -92,8 +107,13 @@ class TaskSpec(_Model):
     weight: float = 1.0
     metric: str = "acc,none"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
-class StrengthSpec(_Model):
+
+class StrengthSpec(Spec):
     """How the mutation strength (a standard deviation in the unit cube) adapts.
 
     Attributes:
@@ -107,7 +127,7 @@ class StrengthSpec(_Model):
     stagnate: Annotated[float, Field(gt=0, le=1)] = 0.2
 
 
-class SearchSpec(_Model):
+class SearchSpec(Spec):
     """Who proposes, and how much.
 
     Attributes:
@@ -137,7 +157,7 @@ class SearchSpec(_Model):
     sigma0: Annotated[float, Field(gt=0, le=1)] = 1 / 6
 
 
-class LLMSpec(_Model):
+class LLMSpec(Spec):
     """Which language model proposes.
 
     Attributes:
@@ -164,7 +184,7 @@ class LLMSpec(_Model):
     attempts: Annotated[int, Field(ge=1)] = 4
 
 
-class EvaluateSpec(_Model):
+class EvaluateSpec(Spec):
     """How models are scored.
 
     Attributes:
@@ -186,7 +206,7 @@ class EvaluateSpec(_Model):
     finalists: Annotated[int, Field(ge=1)] = 1
 
 
-class RunSpec(_Model):
+class RunSpec(Spec):
     """Where and how the run is kept.
 
     Attributes:
@@ -200,8 +220,25 @@ class RunSpec(_Model):
     timeout: Annotated[float, Field(gt=0)] | None = None
 
 
-class Genome(_Model):
-    """A whole genome file."""
+class Genome(Spec):
+    """A whole genome file.
+
+    Attributes:
+        genome: What is merged.
+        tasks: The fitness: the sum of weight times metric.
+        limit: At most this many items of each task, for search and holdout together.
+        num_fewshot: Examples in each prompt; None for the task's own number.
+        shuffle: Whether the items are drawn from the whole task, not from its beginning.
+        random_init: Start at a point drawn with `search.seed` instead of at the genes' `init`.
+        apply_chat_template: None for yes where the tokenizer has one (mergekit-evolve: always yes).
+        fewshot_as_multiturn: None to follow `apply_chat_template`.
+        search: Who proposes.
+        llm: The language model that proposes.
+        evaluate: How models are scored.
+        run: Where the run is kept.
+        warm_start: mergekit recipes that are evaluated first: inline, or paths relative to this file,
+            which `load` replaces by what they hold.
+    """
 
     genome: MergeSpec
     tasks: Annotated[list[TaskSpec], Field(min_length=1)]
@@ -216,3 +253,147 @@ class Genome(_Model):
     evaluate: EvaluateSpec = EvaluateSpec()
     run: RunSpec = RunSpec()
     warm_start: list[str | dict[str, Any]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _tasks_once(self) -> Genome:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`tasks` must not name a task twice, but got {names}; remove the double one")
+        return self
+
+
+# A run may continue although these differ: they change how much is searched and how, not what a trial is.
+FREE = (
+    "search.trials",
+    "run",
+    "evaluate.finalists",
+    "llm.base_url",
+    "llm.api_key_env",
+    "llm.timeout",
+    "llm.attempts",
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Genome:
+    """The genome in the YAML file `path`.
+
+    Args:
+        path: At most 1 MiB of YAML; see `yamltext` for what is refused.
+        overrides: `a.b=value` each, applied in order; the value is YAML.
+
+    Raises:
+        GenomeError: It cannot be read, or does not say a genome; the message lists all that is wrong.
+    """
+    path = Path(path)
+    return parse(_read(path), source=str(path), overrides=overrides, folder=path.parent)
+
+
+def parse(
+    text: str, source: str = "genome", overrides: Sequence[str] = (), folder: Path | None = None
+) -> Genome:
+    """As `load`, for YAML in a string.
+
+    Args:
+        text: The YAML.
+        source: What messages call it.
+        overrides: As in `load`.
+        folder: What the paths in `warm_start` are relative to; the working directory by default.
+
+    Raises:
+        GenomeError: As in `load`.
+    """
+    data = yamltext.override(yamltext.parse(text, source), overrides)
+    if not isinstance(data, dict):
+        raise GenomeError(
+            f"{source}: a genome must be a mapping with the keys `genome` and `tasks`, but got "
+            f"{type(data).__name__}; see the files in genomes/."
+        )
+    try:
+        genome = Genome.model_validate(data)
+    except ValidationError as error:
+        wrong = explain(error, Genome)
+        if len(wrong) == 1:
+            raise GenomeError(f"{source}: {wrong[0]}") from None
+        lines = "\n".join(f"  - {sentence}" for sentence in wrong)
+        raise GenomeError(f"{source}: {len(wrong)} things are wrong:\n{lines}") from None
+    names = [f"{source}: `warm_start.{index}`" for index in range(len(genome.warm_start))]
+    recipes = [_recipe(*pair, folder or Path()) for pair in zip(genome.warm_start, names, strict=True)]
+    return genome.model_copy(update={"warm_start": recipes})
+
+
+def _read(path: Path) -> str:
+    """The text of `path`, without reading more of it than may be parsed."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(yamltext.MAX_BYTES + 1)
+    except OSError as error:
+        raise GenomeError(f"{path}: it cannot be read ({error.strerror}); check the path.") from None
+    if len(content) > yamltext.MAX_BYTES:
+        raise GenomeError(f"{path}: it must be at most {yamltext.MAX_BYTES} bytes; shorten it.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GenomeError(f"{path}: it must be UTF-8, but byte {error.start} is not; convert it.") from None
+
+
+def _recipe(entry: str | dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """The mergekit configuration that a warm start gives or points to."""
+    if isinstance(entry, str):
+        path = folder / entry
+        recipe = yamltext.parse(_read(path), str(path))
+    else:
+        recipe = entry
+    if not isinstance(recipe, dict) or "merge_method" not in recipe:
+        raise GenomeError(
+            f"{name} must be a mergekit configuration, a mapping with `merge_method`, but got "
+            f"{str(recipe)[:80]!r}."
+        )
+    return recipe
+
+
+def dump(genome: Genome) -> str:
+    """YAML with every key written out; `parse` gives an equal Genome back."""
+    return yaml.safe_dump(_plain(genome), sort_keys=False, allow_unicode=True, width=100)
+
+
+def fingerprint(genome: Genome) -> str:
+    """A SHA-256 in hex that is equal for genomes whose trials are comparable (`FREE` is left out)."""
+    flat = {key: value for key, value in _flat(_plain(genome)).items() if not _is_free(key)}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def diff(old: Genome, new: Genome) -> list[str]:
+    """What differs, a line for each key: `search.trials: 50 -> 80`."""
+    return [line for _, line in _differences(old, new)]
+
+
+def resumable_difference(old: Genome, new: Genome) -> list[str]:
+    """The lines of `diff` that forbid continuing the run of `old` with `new`; empty if it may go on."""
+    return [line for key, line in _differences(old, new) if not _is_free(key)]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def _plain(genome: Genome) -> dict[str, Any]:
+    return genome.model_dump(mode="json", by_alias=True)
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted key; an empty mapping or list is a leaf."""
+    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat or {prefix: data}
+
+
+def _differences(old: Genome, new: Genome) -> list[tuple[str, str]]:
+    before, after = _flat(_plain(old)), _flat(_plain(new))
+    lines = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        texts = [json.dumps(flat[key]) if key in flat else "(absent)" for flat in (before, after)]
+        if texts[0] != texts[1]:
+            lines.append((key, f"{key}: {texts[0]} -> {texts[1]}"))
+    return lines

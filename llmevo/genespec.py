@@ -1,0 +1,113 @@
+"""How a genome file says that a parameter varies: `{float: [0, 1]}`, `{int: [1, 8]}`, `{choice: [a, b]}`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from llmevo.space import Categorical, Float, Gene, Int, Value
+
+
+class Spec(BaseModel):
+    """A part of the genome file: frozen, unknown keys refused, no NaN and no infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class FloatGene(Spec):
+    """`{float: [low, high], log: false, step: null, init: null, grouped: null}`.
+
+    Attributes:
+        bounds: Smallest and largest value, both included; `float` in the file.
+        log: As in `space.Float`.
+        step: As in `space.Float`.
+        init: As in `space.Float`.
+        grouped: Whether each layer group and filter has a value of its own; None for yes where the
+            parameter is `weight`, `density` or `t`, and no otherwise.
+    """
+
+    bounds: tuple[float, float] = Field(alias="float")
+    log: bool = False
+    step: Annotated[float, Field(gt=0)] | None = None
+    init: float | None = None
+    grouped: bool | None = None
+
+    def gene(self) -> Gene:
+        """The gene of the space that this describes."""
+        return Float(*self.bounds, log=self.log, step=self.step, init=self.init)
+
+    @model_validator(mode="after")
+    def _is_a_gene(self) -> FloatGene:
+        self.gene()
+        return self
+
+
+class IntGene(Spec):
+    """`{int: [low, high], log: false, step: 1, init: null, grouped: null}`; see FloatGene."""
+
+    bounds: tuple[int, int] = Field(alias="int")
+    log: bool = False
+    step: Annotated[int, Field(ge=1)] = 1
+    init: int | None = None
+    grouped: bool | None = None
+
+    def gene(self) -> Gene:
+        """The gene of the space that this describes."""
+        return Int(*self.bounds, log=self.log, step=self.step, init=self.init)
+
+    @model_validator(mode="after")
+    def _is_a_gene(self) -> IntGene:
+        self.gene()
+        return self
+
+
+class ChoiceGene(Spec):
+    """`{choice: [a, b, c], ordered: false, init: null, grouped: null}`; see FloatGene."""
+
+    choices: Annotated[list[Value], Field(min_length=1)] = Field(alias="choice")
+    ordered: bool = False
+    init: Value = None
+    grouped: bool | None = None
+
+    def gene(self) -> Gene:
+        """The gene of the space that this describes."""
+        return Categorical(*self.choices, ordered=self.ordered, init=self.init)
+
+    @model_validator(mode="after")
+    def _is_a_gene(self) -> ChoiceGene:
+        self.gene()
+        return self
+
+
+GeneSpec: TypeAlias = FloatGene | IntGene | ChoiceGene
+Fixed: TypeAlias = bool | int | float | str
+
+
+def _kind(value: Any) -> str:
+    """Which member of the unions below `value` is meant to be."""
+    for model, key in ((FloatGene, "float"), (IntGene, "int"), (ChoiceGene, "choice")):
+        if isinstance(value, model) or (isinstance(value, dict) and key in value):
+            return f"<{key}>"
+    return "<models>" if isinstance(value, dict) else "<fixed>"
+
+
+Setting: TypeAlias = Annotated[
+    Annotated[FloatGene, Tag("<float>")]
+    | Annotated[IntGene, Tag("<int>")]
+    | Annotated[ChoiceGene, Tag("<choice>")]
+    | Annotated[Fixed, Tag("<fixed>")],
+    Discriminator(lambda value: kind if (kind := _kind(value)) != "<models>" else "<fixed>"),
+]
+ModelSetting: TypeAlias = Annotated[
+    Annotated[FloatGene, Tag("<float>")]
+    | Annotated[IntGene, Tag("<int>")]
+    | Annotated[ChoiceGene, Tag("<choice>")]
+    | Annotated[dict[str, Setting], Tag("<models>")]
+    | Annotated[Fixed, Tag("<fixed>")],
+    Discriminator(_kind),
+]
+Methods: TypeAlias = Annotated[
+    Annotated[str, Tag("<one>")] | Annotated[list[str], Field(min_length=1), Tag("<many>")],
+    Discriminator(lambda value: "<many>" if isinstance(value, list) else "<one>"),
+]
