@@ -1,8 +1,8 @@
 """Genes: the three kinds of dimension that a search can have.
 
 Every gene is one coordinate in [0, 1]. The transform follows optuna's `_SearchSpaceTransform`: logarithms
-where asked for, and a grid cell of equal width for each value of a discrete gene (half-step widening). Continuous
-values are kept to 12 digits, so that the rounding of the transform never shows.
+where asked for, and a grid cell of equal width for each value of a discrete gene (half-step widening).
+Continuous values are kept to 12 digits, so that the rounding of the transform never shows.
 """
 
 from __future__ import annotations

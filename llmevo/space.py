@@ -1,7 +1,7 @@
 """The space that the genes span, with one transform to and from the unit cube.
 
-Proposers that need numbers work in the unit cube; everything else sees params, a dict from gene name to a plain
-JSON value. Round trips are exact: `from_unit(to_unit(params)) == params` for every validated params.
+Proposers that need numbers work in the unit cube; everything else sees params, a dict from gene name to a
+plain JSON value. Round trips are exact: `from_unit(to_unit(params)) == params` for every validated params.
 """
 
 from __future__ import annotations
