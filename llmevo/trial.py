@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, final
+from typing import Any, Literal, TypeAlias, final
 
 from llmevo.errors import TrialError
 from llmevo.space import Params
+
+Direction: TypeAlias = Literal["maximize", "minimize"]
+
+Split: TypeAlias = Literal["search", "holdout"]
 
 
 class State(StrEnum):
@@ -75,6 +79,28 @@ def standard_error(values: Sequence[float]) -> float | None:
         return None
     mean = math.fsum(values) / count
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+def difference_error(first: Score, second: Score) -> float:
+    """Standard error of `first.value - second.value`; 0.0 while it is unknown.
+
+    Two trials that answered the same items are compared item by item: what is hard for both cancels. The
+    weights of the tasks are not known here, so the items give only the factor by which pairing shrinks the
+    error that `stderr` states; for one task, and for tasks of equal weight, this is exact.
+    """
+    if first.stderr is None or second.stderr is None:
+        return 0.0
+    independent = math.hypot(first.stderr, second.stderr)
+    if not first.items or {task: len(items) for task, items in first.items.items()} != {
+        task: len(items) for task, items in second.items.items()
+    }:
+        return independent
+    paired = apart = 0.0
+    for task, items in first.items.items():
+        others = second.items[task]
+        paired += (standard_error([a - b for a, b in zip(items, others, strict=True)]) or 0.0) ** 2
+        apart += (standard_error(items) or 0.0) ** 2 + (standard_error(others) or 0.0) ** 2
+    return independent * math.sqrt(paired / apart) if apart > 0 else independent
 
 
 @final

@@ -10,15 +10,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from llmevo.errors import ProposerError
 from llmevo.space import Space
+from llmevo.trial import Direction as Direction
 from llmevo.trial import Proposal, Trial
-
-Direction: TypeAlias = Literal["maximize", "minimize"]
 
 # Modules are imported when a proposer is made: sobol needs scipy and llm needs openai.
 PROPOSERS: dict[str, tuple[str, str]] = {
