@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Protocol, final
 
 from llmevo.genome import Genome
 from llmevo.space import Space
+from llmevo.stats import Interval
 from llmevo.trial import Score, Trial
 
 
@@ -51,7 +52,7 @@ class Row:
     label: str
     trial: Trial
     score: Score | None
-    interval: Any
+    interval: Interval | None
     error: str | None = None
 
 

@@ -14,7 +14,6 @@ StoreError, never a wrong score.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -29,13 +28,14 @@ from typing import Any, final
 
 from pydantic import ValidationError
 
-from llmevo.errors import RunLockedError, StoreError
+from llmevo.errors import StoreError
 from llmevo.genome import Genome
 from llmevo.pipeline import Outcome
+from llmevo.rundir import lock as lock_directory
+from llmevo.rundir import sync_directory, write_atomic
 from llmevo.trial import Score, State, Trial
 
 DATABASE = "run.db"
-LOCK = "lock"
 
 
 def _m001_initial(db: sqlite3.Connection) -> None:
@@ -77,64 +77,6 @@ class HoldoutRow:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     error: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that every reader, also after a power loss, sees the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def move_aside(run_dir: Path) -> Path:
-    """Rename a run directory to the first free of `NAME.old-1`, `NAME.old-2`, ...; nothing is deleted.
-
-    Raises:
-        RunLockedError: A process drives the run.
-    """
-    lock = _lock(run_dir)
-    try:
-        number = 1
-        while (target := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
-            number += 1
-        run_dir.rename(target)
-    finally:
-        os.close(lock)
-    return target
-
-
-def _lock(run_dir: Path) -> int:
-    """An open descriptor that holds the run; the kernel lets go of it however the process ends."""
-    descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
-        raise RunLockedError(
-            f"`{run_dir}` is driven by another process (pid {owner}); wait for it, stop it, or choose "
-            "another --run-dir."
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
 
 
 def _pack(data: Any) -> tuple[str, int]:
@@ -183,7 +125,7 @@ class Store:
         path = Path(run_dir)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path)
+            lock = lock_directory(path)
         except OSError as error:
             raise StoreError(f"`{path}` cannot be a run directory: {error}.") from error
         try:
@@ -195,7 +137,7 @@ class Store:
                 _migrate(store._db, path)
                 store._put_meta("genome", genome.model_dump(mode="json", by_alias=True))
                 store._put_meta("genome_text", genome_text)
-            _sync_directory(path)
+            sync_directory(path)
         except OSError as error:
             os.close(lock)
             raise StoreError(f"`{path}` cannot be a run directory: {error}.") from error
@@ -219,7 +161,7 @@ class Store:
         path = Path(run_dir)
         if not (path / DATABASE).is_file():
             raise StoreError(f"`{path}` has no run in it ({DATABASE} is missing).")
-        lock = None if readonly else _lock(path)
+        lock = None if readonly else lock_directory(path)
         try:
             db = _connect(path / DATABASE, True) if readonly else _open_database(path / DATABASE)
             store = cls(path, db, lock)
@@ -394,6 +336,17 @@ class Store:
                 "INSERT OR REPLACE INTO holdout (number, label, body, crc) VALUES (?, ?, ?, ?)",
                 (number, label, *_pack(body)),
             )
+
+    def label_holdout(self, numbers: dict[str, int]) -> None:
+        """Give labels to trials that were scored already; whoever else had a label loses it."""
+        with self._transaction():
+            self._db.execute("UPDATE holdout SET label = NULL")
+            for label, number in numbers.items():
+                self._db.execute("UPDATE holdout SET label = ? WHERE number = ?", (label, number))
+
+    def holdout_numbers(self) -> set[int]:
+        """The trials that were scored on the held-out items, with a label or without."""
+        return {number for number, _ in self._rows("SELECT number, body, crc FROM holdout")}
 
     def holdout(self) -> list[HoldoutRow]:
         """What was scored on the held-out items, in the order of the trials."""

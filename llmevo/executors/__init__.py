@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmevo.pipeline import Job, Outcome
 
@@ -14,6 +14,14 @@ class Executor(Protocol):
     @property
     def workers(self) -> int:
         """How many jobs run at once."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts about what the workers loaded (`Pipeline.describe`); waits until the first has loaded.
+
+        Raises:
+            GenomeError: The models or the tasks cannot be loaded.
+        """
         ...
 
     def submit(self, job: Job) -> Future[Outcome]:

@@ -1,0 +1,357 @@
+"""The loop: ask, submit, commit, tell; begun, continued and ended so that nothing acknowledged is lost.
+
+A batch is asked when every trial of the last one is finished, and its size follows from the genome alone. So
+no `ask` sees a history that depends on timing: a run that was killed and continued ends with the trials of
+an uninterrupted one, and so does a run with another number of workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, final
+
+import yaml
+
+from llmevo import finals, opening
+from llmevo.errors import ProposerError
+from llmevo.executors import Executor
+from llmevo.executors.local import LocalExecutor
+from llmevo.genome import Genome
+from llmevo.observer import Observer as Observer
+from llmevo.observer import Row as Row
+from llmevo.observer import RunInfo as RunInfo
+from llmevo.observer import RunSummary as RunSummary
+from llmevo.optimizer import Optimizer
+from llmevo.pipeline import Job, Outcome, Split
+from llmevo.recipe import Recipes, num_layers
+from llmevo.rundir import write_atomic
+from llmevo.signals import Interrupted, Stop
+from llmevo.store import Store
+from llmevo.trial import State, Trial
+
+_POLL = 0.2  # seconds between looks at whether a second signal came
+_LIMIT = "the limit of this sitting is reached"
+_PATIENCE = 20  # failures in a row that end a sitting; the count of Optimizer.stop_reasons
+
+
+def run(
+    genome: Genome,
+    genome_text: str,
+    run_dir: str | Path,
+    *,
+    observer: Observer,
+    executor: Executor | None = None,
+    fresh: bool = False,
+    limit: int | None = None,
+) -> RunSummary:
+    """Begin a run, or continue the one that lies in `run_dir`, to its end.
+
+    Args:
+        genome: What is searched, overrides included.
+        genome_text: The file it came from, kept verbatim.
+        run_dir: Where the run lies.
+        observer: Is shown what happens.
+        executor: Where jobs run; None for local processes as `genome.run` says. One that is given is left
+            open, except after a second signal.
+        fresh: Move a run that lies there aside and begin anew.
+        limit: Stop, resumably, after so many trials of this sitting.
+
+    Returns:
+        How it ended. Failed trials, signals and an endpoint that does not serve are said there.
+
+    Raises:
+        GenomeError: The run there has another genome, or the models or tasks cannot be loaded.
+        StoreError: The directory cannot be used; RunLockedError if another process drives the run.
+    """
+    start = time.perf_counter()
+    store, moved = opening.open_store(Path(run_dir), genome, genome_text, fresh)
+    with store, Stop(observer.note) as stop:
+        if moved is not None:
+            observer.note(f"the earlier run was moved to {moved}")
+        sitting = _Sitting(genome, store, observer, executor, stop, limit)
+        try:
+            ending = sitting.go()
+        finally:
+            sitting.release()
+        summary = sitting.summary(*ending, elapsed=time.perf_counter() - start)
+        store.log("ended", exit_code=summary.exit_code, reason=summary.reason, elapsed=summary.elapsed)
+        observer.ended(summary)
+    return summary
+
+
+def job_of(genome: Genome, trial: Trial, split: Split = "search") -> Job:
+    """The job that evaluates a trial.
+
+    All trials of a run share one seed: equal recipes give equal weights, DARE and DELLA masks are common
+    random numbers across the search, and `mergekit-yaml --random-seed` finds the evaluated model again.
+    """
+    return Job(trial.number, trial.params, genome.search.seed, split, trial.attrs.get("recipe"))
+
+
+class _Halt(Exception):
+    """The sitting ends before the run does."""
+
+    def __init__(self, exit_code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+        self.reason = reason
+
+
+@final
+class _Sitting:
+    """One process's share of a run."""
+
+    def __init__(
+        self,
+        genome: Genome,
+        store: Store,
+        observer: Observer,
+        executor: Executor | None,
+        stop: Stop,
+        limit: int | None,
+    ) -> None:
+        self.genome = genome
+        self.store = store
+        self.observer = observer
+        self.stop = stop
+        self._executor = executor
+        self._owned = executor is None
+        self._ready = False
+        self._left = limit
+        self._failed_in_a_row = 0
+        self.recipes = Recipes(genome, num_layers(genome))
+        self.references = self.recipes.references()
+        self.batch = opening.batch(genome.search, self.recipes.space)
+        history = store.trials()
+        self._pending = {trial.number: trial for trial in history if trial.state is State.PENDING}
+        self.optimizer = Optimizer(
+            self.recipes.space,
+            opening.proposer(genome, self.recipes.space),
+            direction=genome.search.direction,
+            seed=genome.search.seed,
+            trials=history,
+        )
+        # References are the first trials, in this order, so what the history lacks is its continuation.
+        for reference in self.references[len(history) :]:
+            outside = reference.params is None
+            attrs = {"recipe": reference.recipe} if outside else {}
+            self.optimizer.enqueue(reference.params, origin=reference.origin, attrs=attrs)
+
+    def go(self) -> tuple[int, str]:
+        """Search, then score the finalists; return the exit code and the reason."""
+        history = self.optimizer.trials
+        self.store.log("started", trials=len(history), pending=len(self._pending), **opening.environment())
+        self.observer.started(
+            RunInfo(
+                self.store.run_dir,
+                self.genome,
+                self.recipes.space,
+                history,
+                len(self.references),
+                self.batch,
+            )
+        )
+        if self.optimizer.best is not None:
+            self._save_best(self.optimizer.best)  # the last sitting may have died just before
+        try:
+            reason = self._search()
+            if self.optimizer.best is None:
+                return 1, f"no trial was completed; {self._last_error()}"
+            self._score_finalists()
+        except _Halt as halt:
+            return halt.exit_code, halt.reason
+        except Interrupted:
+            return self.stop.exit_code, self._stopped()
+        return 0, reason
+
+    def _stopped(self) -> str:
+        assert self.stop.signal is not None
+        return f"stopped by {self.stop.signal.name}"
+
+    def _last_error(self) -> str:
+        failed = [trial.error for trial in self.optimizer.trials if trial.error]
+        return f"the latest failed with: {failed[-1]}" if failed else "none failed either"
+
+    def _search(self) -> str:
+        """Batch after batch, first what an earlier sitting left over; return why there is no next one."""
+        while True:
+            if self._pending:
+                jobs = [job_of(self.genome, trial) for trial in self._pending.values()]
+                self._drive(jobs, self._arrived)
+            reason = self._why_done()
+            if reason is not None:
+                return reason
+            self._ask()
+            if not self._pending:
+                return "; ".join(self.optimizer.stop_reasons().values()) or "nothing is left to propose"
+
+    def _why_done(self) -> str | None:
+        total, budget = len(self.optimizer.trials), self.genome.search.trials
+        if total >= budget:
+            return f"all {budget} trials are done"
+        if self._left == 0:
+            raise _Halt(3, _LIMIT)
+        reasons = self.optimizer.stop_reasons()
+        failing = reasons.pop("failing", None)
+        # Only failures of this sitting count: whoever continues has perhaps mended the cause.
+        if failing is not None and self._failed_in_a_row >= _PATIENCE:
+            raise _Halt(1 if self.optimizer.best is None else 3, failing)
+        return "; ".join(reasons.values()) or None
+
+    def _ask(self) -> None:
+        """Ask for a batch and record it. The references, where there are any, are a batch of their own."""
+        total = len(self.optimizer.trials)
+        first = max(len(self.references) - total, 0)
+        n = min(first or self.batch, self.genome.search.trials - total)
+        start = time.perf_counter()
+        try:
+            with self.stop.interruptible():
+                asked = self.optimizer.ask(n)
+        except ProposerError as error:
+            raise _Halt(3, f"the proposer cannot go on: {error}") from error
+        seconds = time.perf_counter() - start
+        if not asked:
+            return
+        share = seconds / len(asked)
+        trials = [replace(trial, cost={"propose": share}) for trial in asked]
+        start = time.perf_counter()
+        self.store.begin(trials)
+        share = (time.perf_counter() - start) / len(trials)
+        self._pending = {
+            trial.number: replace(trial, cost={**trial.cost, "store": share}) for trial in trials
+        }
+        self.observer.asked(trials, seconds)
+
+    def _arrived(self, outcome: Outcome) -> None:
+        """Commit, then tell, then show."""
+        trial = self._pending.pop(outcome.number)
+        cost: dict[str, Any] = {**trial.cost, **outcome.seconds}
+        if outcome.bytes:
+            cost["bytes"] = dict(outcome.bytes)
+        error = None
+        if outcome.score is None:
+            error = outcome.error or "the pipeline gave neither a score nor an error"
+            if outcome.stage and not error.startswith(f"{outcome.stage}:"):
+                error = f"{outcome.stage}: {error}"
+        state = State.COMPLETE if error is None else State.FAILED
+        told = self.store.commit(
+            replace(
+                trial, state=state, score=outcome.score, error=error, metrics=dict(outcome.metrics), cost=cost
+            )
+        )
+        self._failed_in_a_row = 0 if error is None else self._failed_in_a_row + 1
+        self.optimizer.tell(told.number, told.score, error=told.error, metrics=told.metrics, cost=told.cost)
+        best = self.optimizer.best
+        if best is not None and best.number == told.number:
+            self._save_best(best)
+        self.observer.finished(told, best)
+
+    def recipe(self, trial: Trial) -> dict[str, Any]:
+        """The mergekit configuration of a trial."""
+        recipe: dict[str, Any] = trial.attrs.get("recipe") or self.recipes.recipe(trial.params)
+        return recipe
+
+    def _save_best(self, best: Trial) -> None:
+        text = yaml.safe_dump(self.recipe(best), sort_keys=False, allow_unicode=True)
+        write_atomic(self.store.run_dir / "best" / "recipe.yaml", text)
+
+    def _workers(self) -> Executor:
+        """The executor, its first pipeline loaded."""
+        if self._executor is None:
+            spec = self.genome.run
+            self._executor = LocalExecutor(
+                self.genome, spec.workers, spec.timeout, log=self.store.run_dir / "workers.log"
+            )
+        if not self._ready:
+            with self.stop.interruptible():
+                facts = self._executor.describe()
+            opening.check_facts(self.store, facts)
+            self._ready = True
+        return self._executor
+
+    def _drive(self, jobs: Iterable[Job], arrived: Callable[[Outcome], None]) -> None:
+        """Run jobs, one a worker at a time, so that a signal leaves the rest unbegun.
+
+        Raises:
+            _Halt: A signal or the limit came before the last job.
+        """
+        executor = self._workers()
+        waiting, flying = deque(jobs), dict[Future[Outcome], int]()
+        while waiting or flying:
+            while waiting and len(flying) < executor.workers and self.stop.signal is None and self._left != 0:
+                job = waiting.popleft()
+                flying[executor.submit(job)] = job.number
+                if self._left is not None and job.split == "search":
+                    self._left -= 1
+            if not flying:
+                break
+            done, _ = wait(flying, timeout=_POLL, return_when=FIRST_COMPLETED)
+            for future in sorted(done, key=flying.__getitem__):
+                del flying[future]
+                arrived(future.result())
+            if self.stop.cancelled:
+                executor.shutdown(cancel=True)
+                break
+        if waiting or flying:
+            if self.stop.signal is not None:
+                raise _Halt(self.stop.exit_code, self._stopped())
+            raise _Halt(3, _LIMIT)
+
+    def _score_finalists(self) -> None:
+        """Score the plan's trials on the held-out items; what an earlier sitting scored is kept."""
+        if self.genome.evaluate.holdout == 0:
+            return
+        known = self.store.holdout_numbers()
+        plan = {trial.number: label for label, trial in self._plan()}
+        self.store.label_holdout({label: number for number, label in plan.items() if number in known})
+        new = [number for number in plan if number not in known]
+        if not new:
+            return
+        self.observer.note(f"scoring {len(new)} trials on the held-out items")
+        jobs = [job_of(self.genome, self.optimizer.trials[number], "holdout") for number in new]
+
+        def arrived(outcome: Outcome) -> None:
+            self.store.save_holdout(plan[outcome.number], outcome.number, outcome)
+
+        self._drive(jobs, arrived)
+
+    def _plan(self) -> list[tuple[str, Trial]]:
+        return finals.plan(
+            self.optimizer.trials,
+            references=len(self.references),
+            direction=self.genome.search.direction,
+            finalists=self.genome.evaluate.finalists,
+        )
+
+    def summary(self, exit_code: int, reason: str, elapsed: float) -> RunSummary:
+        """What the observer and the caller get to see at the end."""
+        trials = self.optimizer.trials
+        plan = self._plan()
+        evolved = next((trial for label, trial in plan if label == finals.EVOLVED), None)
+        seconds: Counter[str] = Counter()
+        for trial in trials:
+            seconds.update({phase: s for phase, s in trial.cost.items() if isinstance(s, float)})
+        return RunSummary(
+            run_dir=self.store.run_dir,
+            exit_code=exit_code,
+            reason=reason,
+            resumable=exit_code != 0,
+            best=self.optimizer.best,
+            evolved=evolved,
+            trials=trials,
+            references=trials[: len(self.references)],
+            table=tuple(finals.table(self.genome, plan, self.store.holdout())) if exit_code == 0 else (),
+            origins=dict(Counter(trial.origin for trial in trials)),
+            seconds=dict(seconds),
+            elapsed=elapsed,
+        )
+
+    def release(self) -> None:
+        """End the workers that this sitting started."""
+        if self._owned and self._executor is not None:
+            self._executor.shutdown(cancel=True)
