@@ -17,7 +17,7 @@ from cmaes import CatCMAwM, SepCMA
 
 from llmevo.errors import ProposerError
 from llmevo.proposers import Direction
-from llmevo.space import Categorical, Gene, Space, Vector
+from llmevo.space import Categorical, Gene, Int, Space, Vector
 from llmevo.trial import Proposal, State, Trial
 
 _FULL_COVARIANCE = 100  # genes; above, the diagonal alone is adapted
@@ -67,10 +67,10 @@ class _Axes:
 
 def _units(gene: Gene) -> list[float]:
     """The coordinates of every value of a discrete gene."""
-    if isinstance(gene, Categorical):
-        return [gene.to_unit(choice) for choice in gene.choices]
-    values = (gene.low + index * (gene.step or 1) for index in range(gene.count or 0))
-    return [gene.to_unit(gene.validate(value, "value")) for value in values]  # type: ignore[arg-type]
+    count = gene.count or 0
+    if isinstance(gene, Int) and gene.log:
+        return [gene.to_unit(gene.low + index) for index in range(count)]
+    return [(index + 0.5) / count for index in range(count)]
 
 
 @final
