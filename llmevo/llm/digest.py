@@ -1,0 +1,140 @@
+"""A deterministic summary of a history: what a language model would otherwise have to compute from rows.
+
+Models do better when a fixed program digests the history for them (https://arxiv.org/abs/2509.15561).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+
+from llmevo.llm.encode import LEVELS, names
+from llmevo.space import Categorical, Space
+from llmevo.trial import State, Trial
+
+_ENOUGH = 8  # trials before a trend is worth a word
+_TRENDS = 8
+_COUPLINGS = 3
+_FAILURES = 3
+_CLEAR = 0.6
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A history in order of merit.
+
+    Args:
+        complete: Complete trials, best first; of equals the earlier.
+        failed: Failed trials, by number.
+        last: Complete trials, by number.
+    """
+
+    complete: list[Trial]
+    failed: list[Trial]
+    last: list[Trial]
+
+    @property
+    def best(self) -> Trial | None:
+        """The incumbent, or None."""
+        return self.complete[0] if self.complete else None
+
+
+def rank(trials: Sequence[Trial], direction: str) -> Ranked:
+    """Order a history by merit; pending trials are left out."""
+    sign = 1.0 if direction == "maximize" else -1.0
+    last = [trial for trial in trials if trial.state is State.COMPLETE]
+    complete = sorted(last, key=lambda trial: (-sign * (trial.value or 0.0), trial.number))
+    failed = [trial for trial in trials if trial.state is State.FAILED]
+    return Ranked(complete, failed, last)
+
+
+def digits(values: Sequence[float]) -> int:
+    """Significant digits, 4 to 17, that keep distinct values distinct."""
+    distinct = set(values)
+    for count in range(4, 17):
+        if len({f"{value:.{count}g}" for value in distinct}) == len(distinct):
+            return count
+    return 17
+
+
+def digest(space: Space, ranked: Ranked) -> list[str]:
+    """Findings, one sentence each: stagnation, trends, couplings, failing choices."""
+    lines = []
+    if ranked.best is not None:
+        since = sum(trial.number > ranked.best.number for trial in ranked.last)
+        lines.append(f"Trials since the best was found: {since}.")
+    if len(ranked.complete) >= _ENOUGH:
+        top = ranked.complete[: max(math.ceil(len(ranked.complete) / 4), 3)]
+        lines += _trends(space, ranked.complete, top)
+        lines += _couplings(space, ranked.complete)
+    return lines + _failing(space, ranked)
+
+
+def _levels(space: Space, trials: Sequence[Trial]) -> np.ndarray:
+    """Coordinates in levels, shape (trials, genes)."""
+    return LEVELS * np.array([space.to_unit(trial.params) for trial in trials])
+
+
+def _trends(space: Space, complete: Sequence[Trial], top: Sequence[Trial]) -> list[str]:
+    """Where the best quarter lies, for the genes in which it differs most from all."""
+    everything, best = _levels(space, complete), _levels(space, top)
+    shown = names(space)
+    found = []
+    for index, (name, gene) in enumerate(space.genes.items()):
+        spread = float(everything[:, index].std())
+        if isinstance(gene, Categorical) or spread == 0:
+            continue
+        shift = float(best[:, index].mean() - everything[:, index].mean()) / spread
+        mean, deviation = best[:, index].mean(), best[:, index].std()
+        word = "higher" if shift > 0 else "lower"
+        found.append(
+            (-abs(shift), f"{shown[name]}: best quarter at {mean:.0f}±{deviation:.0f}, {word} than all")
+        )
+    found.sort()
+    clear = [sentence for shift, sentence in found if -shift >= 0.3][:_TRENDS]
+    return ["In percent of each axis: " + "; ".join(clear) + "."] if clear else []
+
+
+def _couplings(space: Space, complete: Sequence[Trial]) -> list[str]:
+    """Strong correlations between numeric genes among the better half."""
+    half = complete[: max(len(complete) // 2, _ENOUGH)]
+    numeric = [index for index, gene in enumerate(space.genes.values()) if not isinstance(gene, Categorical)]
+    levels = _levels(space, half)[:, numeric]
+    varied = [column for column in range(len(numeric)) if levels[:, column].std() > 0]
+    if len(varied) < 2:
+        return []
+    matrix = np.corrcoef(levels[:, varied], rowvar=False)
+    shown = list(names(space).values())
+    pairs = [
+        (-abs(float(matrix[i, j])), i, j)
+        for i in range(len(varied))
+        for j in range(i)
+        if abs(matrix[i, j]) >= _CLEAR
+    ]
+    lines = []
+    for _, i, j in sorted(pairs)[:_COUPLINGS]:
+        left, right = shown[numeric[varied[j]]], shown[numeric[varied[i]]]
+        way = "together" if matrix[i, j] > 0 else "against each other"
+        lines.append(f"Among the better half, {left} and {right} move {way} (r = {matrix[i, j]:.2f}).")
+    return lines
+
+
+def _failing(space: Space, ranked: Ranked) -> list[str]:
+    """Choices with which every trial failed."""
+    lines = []
+    shown = names(space)
+    for name, gene in space.genes.items():
+        if not isinstance(gene, Categorical):
+            continue
+        for choice in gene.choices:
+            failed = sum(trial.params.get(name) == choice for trial in ranked.failed)
+            worked = any(trial.params.get(name) == choice for trial in ranked.complete)
+            if failed >= _FAILURES and not worked:
+                lines.append(f"All {failed} trials with {shown[name]} = {json.dumps(choice)} failed.")
+    return lines

@@ -1,0 +1,363 @@
+"""Any OpenAI-compatible chat endpoint, through the `openai` package.
+
+One retry layer: the package's own retries are off, since two layers multiply (its 2 and our 4 make 12
+requests). Retried are exactly: no connection, timeout, rate limit, server error; but not an exhausted quota,
+and not a server error that is a refused request in disguise (llama-cpp-python answers an unknown
+`response_format` with status 500).
+
+What an endpoint refuses is found out by asking, and remembered per client: the schema goes down the ladder
+json_schema, json_object with a schema, json_object, text; `temperature` is dropped and `max_tokens` renamed
+where a 400 says so.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, final
+from urllib.parse import urlsplit
+
+import openai
+import tenacity
+
+from llmevo.errors import LLMError
+from llmevo.llm import Attempt, Reply, Request, Usage
+
+MODES = ("json_schema", "json_object_schema", "json_object", "text")
+_BOUNDS = frozenset(
+    {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+    | {"minLength", "maxLength", "pattern", "minItems", "maxItems", "uniqueItems"}
+)
+_VALIDATION = re.compile(
+    r"literal_error|validation|input should be|response_format|json_schema|extra_forbidden|grammar", re.I
+)
+# A refusal that no other response format would change.
+_HOPELESS = re.compile(r"api.?key|context.?length|maximum context|does not exist|model_not_found", re.I)
+_OFFICIAL = "https://api.openai.com/v1"
+
+
+@final
+class OpenAIChat:
+    """A chat model behind an OpenAI-compatible HTTP endpoint.
+
+    Args:
+        model: The endpoint's name of the model.
+        base_url: Of the endpoint, with its `/v1`; None for `$OPENAI_BASE_URL`, else OpenAI's own.
+        api_key_env: Environment variable that holds the key; the key itself is never an argument.
+        key_required: Whether an empty variable is an error; None: only for OpenAI's own endpoint.
+        temperature: Of the sampling, in [0, 2]; None to leave it out.
+        max_tokens: Longest reply.
+        timeout: Seconds for one attempt.
+        attempts: Attempts at one request, the first included; at least 1.
+        deadline: Seconds for a whole call, waiting included: no attempt is started after it.
+        backoff: Seconds of the first random wait; doubled each time up to 30.
+        reason: Why this client was chosen, for `describe`.
+
+    Raises:
+        LLMError: The key is missing.
+    """
+
+    small = False
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        key_required: bool | None = None,
+        temperature: float | None = 0.7,
+        max_tokens: int = 2048,
+        timeout: float = 120.0,
+        attempts: int = 4,
+        deadline: float = 300.0,
+        backoff: float = 0.5,
+        reason: str = "",
+    ) -> None:
+        self.model = model
+        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or _OFFICIAL
+        self._variable = api_key_env
+        key = os.environ.get(api_key_env, "").strip()
+        if key_required is None:
+            key_required = self.base_url == _OFFICIAL
+        if not key and key_required:
+            raise LLMError(
+                f"the environment variable `{api_key_env}` must hold the key of {self._host}, but is empty; "
+                f"set it, name another one in `llm.api_key_env`, or use `llm.backend: local`."
+            )
+        self._has_key = bool(key)
+        self._temperature = temperature
+        self._max_tokens = max_tokens
+        self._timeout = timeout
+        self._attempts = attempts
+        self._deadline = max(deadline, timeout)
+        self._backoff = tenacity.wait_random_exponential(multiplier=backoff, max=30.0)
+        self._reason = reason
+        self._mode = 0
+        self._dropped: set[str] = set()
+        # The key lives in the SDK's client alone; a server without keys takes any.
+        self._client = openai.OpenAI(api_key=key or "none", base_url=self.base_url, max_retries=0)
+
+    @property
+    def _host(self) -> str:
+        return urlsplit(self.base_url).hostname or self.base_url
+
+    def __repr__(self) -> str:
+        return f"OpenAIChat({self.model!r}, host={self._host!r})"
+
+    def __getstate__(self) -> None:
+        raise TypeError("an OpenAIChat holds a key and is not pickled; make one where it is used")
+
+    def describe(self) -> str:
+        """One line: which model, where, which key variable, and why."""
+        key = f"key from ${self._variable}" if self._has_key else "no key"
+        because = f" (because {self._reason})" if self._reason else ""
+        return f"{self.model} at {self._host}, {key}{because}"
+
+    def complete(self, request: Request) -> Reply:
+        """Ask the model once; retries and the ladder happen inside.
+
+        Raises:
+            LLMError: The endpoint could not be reached in time, refused the key or the request in every form,
+                or is out of quota.
+        """
+        call = _Call(time.monotonic(), [])
+        modes = MODES[self._mode :] if request.schema is not None else ("none",)
+        first: openai.APIStatusError | None = None
+        for mode in modes:
+            answer = self._adapted(request, mode, call)
+            if isinstance(answer, openai.APIStatusError) and _refused(answer):
+                first = first or answer
+                if not _HOPELESS.search(str(answer.body)):
+                    continue
+            if isinstance(answer, openai.OpenAIError):
+                raise self._error(answer, call)  # outside any except block: no traceback holds the key
+            if request.schema is not None:
+                self._mode = MODES.index(mode)
+            return _reply(answer, self.model, mode, call)
+        assert first is not None  # the loop only falls through on refusals
+        raise self._error(first, call)
+
+    def _adapted(self, request: Request, mode: str, call: _Call) -> str | openai.OpenAIError:
+        """Send in one mode, without the parameters that this endpoint turns out to refuse."""
+        while True:
+            answer = self._retried(self._arguments(request, mode), call)
+            if not (isinstance(answer, openai.APIStatusError) and answer.status_code in (400, 422)):
+                return answer
+            culprit = self._culprit(str(answer.body))
+            if culprit is None:
+                return answer
+            self._dropped.add(culprit)  # each at most once, so this ends
+
+    def _culprit(self, body: str) -> str | None:
+        """The parameter that a refusal names, if we can do without it."""
+        if "max_tokens" not in self._dropped and "max_completion_tokens" in body:
+            return "max_tokens"
+        for name in ("temperature", "seed"):
+            named = re.search(
+                rf"['\"`]{name}['\"`]|{name} (is )?not supported|unsupported.*{name}", body, re.I
+            )
+            if name not in self._dropped and named:
+                return name
+        return None
+
+    def _arguments(self, request: Request, mode: str) -> dict[str, Any]:
+        tokens = "max_completion_tokens" if "max_tokens" in self._dropped else "max_tokens"
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "messages": [dict(message) for message in request.messages],
+            tokens: request.max_tokens or self._max_tokens,
+        }
+        temperature = self._temperature if request.temperature is None else request.temperature
+        if temperature is not None and "temperature" not in self._dropped:
+            arguments["temperature"] = temperature
+        if request.seed is not None and "seed" not in self._dropped:
+            arguments["seed"] = request.seed
+        if request.schema is not None:
+            schema = unbounded(request.schema)
+            if mode == "json_schema":
+                named = {"name": request.name, "strict": True, "schema": schema}
+                arguments["response_format"] = {"type": "json_schema", "json_schema": named}
+            elif mode == "json_object_schema":
+                arguments["response_format"] = {"type": "json_object", "schema": schema}
+            elif mode == "json_object":
+                arguments["response_format"] = {"type": "json_object"}
+        return arguments
+
+    def _retried(self, arguments: dict[str, Any], call: _Call) -> str | openai.OpenAIError:
+        """The body of a 200, or the error after the last attempt; errors are returned, not raised."""
+        left = self._deadline - call.elapsed()
+
+        def once() -> str:
+            remaining = max(self._deadline - call.elapsed(), 1e-3)
+            started = time.monotonic()
+            try:
+                raw = self._client.chat.completions.with_raw_response.create(
+                    **arguments, timeout=min(self._timeout, remaining)
+                )
+            except openai.OpenAIError as error:
+                status = getattr(error, "status_code", None)
+                call.attempts.append(Attempt(self._brief(error), time.monotonic() - started, status))
+                raise
+            call.attempts.append(Attempt("ok", time.monotonic() - started, raw.status_code))
+            return raw.text
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_retriable),
+            wait=self._wait,
+            stop=tenacity.stop_after_attempt(self._attempts) | tenacity.stop_before_delay(left),
+            reraise=True,
+        )
+        try:
+            return retrying(once)
+        except openai.OpenAIError as error:
+            return error
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """Seconds to wait: what the server asks for, or longer by chance."""
+        error = state.outcome.exception() if state.outcome else None
+        return max(_retry_after(error), self._backoff(state))
+
+    def _brief(self, error: openai.OpenAIError) -> str:
+        """The error in one short line, without the key even if the server repeats it."""
+        text = str(error)
+        body = getattr(error, "body", None)
+        if isinstance(body, str) and body not in text:
+            text = f"{text}: {body}"
+        text = f"{type(error).__name__}: {text}".replace(self._client.api_key, "***")
+        return " ".join(text.split())[:300]
+
+    def _error(self, error: openai.OpenAIError, call: _Call) -> LLMError:
+        status = getattr(error, "status_code", None)
+        remedy = "try again later: the run can be resumed"
+        if status in (401, 403):
+            remedy = f"check the key in the environment variable `{self._variable}`"
+        elif _out_of_quota(error):
+            remedy = "the account is out of quota: top it up, then resume the run"
+        elif status in (400, 404, 422):
+            remedy = "check `llm.model` and `llm.base_url`"
+        requests = f"{len(call.attempts)} request" + "s" * (len(call.attempts) != 1)
+        return LLMError(
+            f"{self.model} at {self._host} failed after {requests}: {self._brief(error)}; {remedy}."
+        )
+
+
+class _Call:
+    """When one logical call began, and its requests so far."""
+
+    def __init__(self, started: float, attempts: list[Attempt]) -> None:
+        self.started = started
+        self.attempts = attempts
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+
+def unbounded(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """`schema` without numeric and length bounds, which several gateways refuse."""
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            # Below `properties` the keys are names of the caller's, not keywords.
+            return {
+                key: {name: clean(part) for name, part in value.items()}
+                if key == "properties"
+                else clean(value)
+                for key, value in node.items()
+                if key not in _BOUNDS
+            }
+        return [clean(part) for part in node] if isinstance(node, list) else node
+
+    cleaned: dict[str, Any] = clean(schema)
+    return cleaned
+
+
+def _out_of_quota(error: BaseException | None) -> bool:
+    return isinstance(error, openai.RateLimitError) and "insufficient_quota" in str(error.body)
+
+
+def _validation(error: BaseException) -> bool:
+    return isinstance(error, openai.InternalServerError) and bool(_VALIDATION.search(str(error.body)))
+
+
+def _refused(error: openai.APIStatusError) -> bool:
+    return error.status_code in (400, 422) or _validation(error)
+
+
+def _retriable(error: BaseException) -> bool:
+    if isinstance(error, openai.RateLimitError):
+        return not _out_of_quota(error)
+    if isinstance(error, openai.InternalServerError):
+        return not _validation(error)
+    return isinstance(error, openai.APIConnectionError)  # APITimeoutError is one
+
+
+def _retry_after(error: BaseException | None) -> float:
+    """Seconds that the server asks to wait: a number or an HTTP date; 0 if it does not say."""
+    if not isinstance(error, openai.APIStatusError):
+        return 0.0
+    headers = error.response.headers
+    try:
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        else:
+            seconds = float(headers.get("retry-after", 0))
+    except ValueError:
+        date = email.utils.parsedate_tz(headers.get("retry-after", ""))
+        seconds = 0.0 if date is None else email.utils.mktime_tz(date) - time.time()
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+
+
+def _reply(body: str, model: str, mode: str, call: _Call) -> Reply:
+    """The Reply in a 200's body; whatever is wrong with it becomes its `finish_reason`."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        data = None
+    data = data if isinstance(data, dict) else {}
+    text, finish = "", "empty" if data else "malformed"
+    choices = data.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        message = choices[0].get("message")
+        message = message if isinstance(message, dict) else {}
+        text = _content(message.get("content"))
+        finish = str(choices[0].get("finish_reason") or "stop")
+        if message.get("refusal"):
+            finish = "refusal"
+        elif not text.strip() and finish != "length":
+            finish = "empty"
+    name = data.get("model")
+    return Reply(
+        text,
+        finish,
+        _usage(data.get("usage")),
+        name if isinstance(name, str) else model,
+        call.elapsed(),
+        tuple(call.attempts),
+        mode,
+    )
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, list):  # some gateways answer in parts
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def _usage(usage: Any) -> Usage:
+    def number(node: Any, key: str) -> int | None:
+        value = node.get(key) if isinstance(node, dict) else None
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    details = usage if isinstance(usage, dict) else {}
+    return Usage(
+        number(usage, "prompt_tokens"),
+        number(usage, "completion_tokens"),
+        number(details.get("completion_tokens_details"), "reasoning_tokens"),
+        number(details.get("prompt_tokens_details"), "cached_tokens"),
+    )
