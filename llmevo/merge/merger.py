@@ -1,0 +1,221 @@
+"""Merging in memory: the parents loaded once, one resident model that takes each recipe's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, final
+
+from llmevo.errors import GenomeError, StageError
+from llmevo.genome import MergeSpec
+from llmevo.merge import plan, weights
+from llmevo.merge.parents import check_parents, models_of
+from llmevo.merge.references import Located, canonical, locate, plain_reference, substitute
+
+if TYPE_CHECKING:
+    import torch
+    from mergekit.common import ModelReference
+
+# The vocabularies are checked to be the same where a tokenizer is asked for, so that there is nothing to
+# permute.
+_TOKENIZER_KEYS = ("tokenizer_source", "tokenizer", "chat_template")
+
+
+@final
+class Merger:
+    """Merges recipes of one genome's models into one resident transformers model.
+
+    The weights are those that mergekit's `run_merge` would write, bit for bit, before they are cast to the
+    resident model's dtype: the parameters of each tensor come from mergekit's planner and the arithmetic is
+    mergekit's, on the same inputs. Random masks (DARE, DELLA) are those of `run_merge` with the same seed on
+    the same kind of device.
+
+    Memory: every model of the genome once in `spec.dtype` (tensors in which models are equal are shared), the
+    resident model in `dtype`, and one tensor's temporaries. `bytes_held` counts the first.
+
+    Args:
+        spec: The merge half of the genome. It is checked with `check_parents` first.
+        device: Where the weights live and merges are computed: `cpu`, `cuda`, `cuda:1`, ...
+        dtype: Of the resident model, as a torch dtype or its name.
+
+    Attributes:
+        model: The resident model, in evaluation mode and without gradients. Before the first merge it has the
+            weights of the base model, or of the first parent where there is none.
+        tokenizer: That model's tokenizer; None where it has none.
+        facts: What `check_parents` returned.
+        bytes_held: Bytes of the models' weights in memory, the resident model left out.
+
+    Raises:
+        GenomeError: If the parents cannot be merged, or a weight is not finite.
+    """
+
+    def __init__(
+        self, spec: MergeSpec, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "bfloat16"
+    ) -> None:
+        import torch
+
+        self.facts = check_parents(spec)
+        self._device = torch.device(device)
+        self._dtype = _torch_dtype(spec.dtype)
+        located = {where.name: where for where in map(locate, models_of(spec))}
+        first = located[canonical(models_of(spec)[0])]
+        self.model = _resident(first, self._device, _torch_dtype(dtype))
+        self.tokenizer = _tokenizer(first)
+        self._load(located)
+        self._arch = plan.architecture([plain_reference(where.folder) for where in located.values()])
+        self._check_coverage(first)
+
+    def merge(self, recipe: dict[str, Any], seed: int) -> int:
+        """Merge a recipe into the resident model.
+
+        Args:
+            recipe: A mergekit configuration as plain data, with the genome's own model names. Layers may be
+                taken from any slices, as long as there are as many as the model has.
+            seed: Decides every random mask: the same recipe and seed give the same weights. 0 to 2^64 - 1.
+                torch's random state is left as it was.
+
+        Returns:
+            Bytes written into the resident model.
+
+        Raises:
+            StageError: If mergekit refuses the recipe, the recipe names a model that the genome lacks, or a
+                merged tensor has a value that is not finite. The resident model then holds parts of two
+                merges, which the next merge overwrites.
+        """
+        import torch
+
+        try:
+            with weights.loaders(self._loaders), self._random_state(seed), torch.no_grad():
+                written = self._write(self._plan(recipe))
+        except StageError:
+            raise
+        except (
+            Exception
+        ) as error:  # mergekit raises RuntimeError, ValueError, TypeError, KeyError and pydantic's
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise StageError("merge", f"{type(error).__name__}: {reason[:500]}") from error
+        return written
+
+    def _load(self, located: dict[str, Located]) -> None:
+        self._references: dict[str, ModelReference] = {}
+        self._loaders: dict[ModelReference, weights.Weights] = {}
+        self._lossless = True
+        for name, where in located.items():
+            reference = _reference(where)
+            self._references[name] = reference
+            if reference not in self._loaders:
+                held, lossless = weights.load(where, dtype=self._dtype, device=self._device)
+                weights.share(held, self._loaders.values())
+                self._loaders[reference] = held
+                self._lossless = self._lossless and lossless
+        self.bytes_held = weights.count_bytes(t for w in self._loaders.values() for t in w.tensors.values())
+
+    def _plan(self, recipe: dict[str, Any]) -> list[plan.Step]:
+        kept = {key: value for key, value in recipe.items() if key not in _TOKENIZER_KEYS}
+        dtype = kept.get("dtype")
+        if not self._lossless and (dtype is None or _torch_dtype(dtype) != self._dtype):
+            raise StageError(
+                "merge",
+                f"the recipe's `dtype` must be {str(self._dtype).removeprefix('torch.')}, in which the "
+                f"genome has the "
+                f"parents loaded, not {dtype!r}: change one of the two",
+            )
+        try:
+            placed = substitute(kept, self._references)
+        except KeyError as error:
+            raise StageError(
+                "merge",
+                f"the recipe names the model `{error.args[0]}`, which is not in the genome: add it to "
+                f"`genome.models`, or name one of {', '.join(self._references)}",
+            ) from None
+        return plan.steps(placed, self._arch, self.model.config)
+
+    def _write(self, steps: list[plan.Step]) -> int:
+        import torch
+
+        # Tied weights are one tensor under two names, and must be written once.
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = {parameter.data_ptr(): name for name, parameter in parameters.items()}
+        written = 0
+        for step in steps:
+            result = step.run()
+            if result is None:
+                continue
+            if step.name not in parameters:
+                raise StageError("merge", f"tensor `{step.name}` of the recipe has no place in the model")
+            parameter = parameters[step.name]
+            parameter.copy_(result)
+            if not bool(torch.isfinite(parameter).all()):
+                raise StageError(
+                    "merge", f"tensor `{step.name}` has values that are NaN or infinite after merging"
+                )
+            if missing.pop(parameter.data_ptr(), None) is not None:
+                written += parameter.numel() * parameter.element_size()
+        if missing:
+            raise StageError(
+                "merge",
+                f"the recipe gives no weights for {len(missing)} tensors of the model, such as "
+                f"`{next(iter(missing.values()))}`: its slices must add up to the model's layers",
+            )
+        return written
+
+    def _check_coverage(self, first: Located) -> None:
+        """Merge the first model with itself alone: fails where mergekit's names are not transformers'."""
+        recipe = {
+            "merge_method": "passthrough",
+            "models": [{"model": first.name}],
+            "dtype": str(self._dtype).removeprefix("torch."),
+        }
+        try:
+            self.merge(recipe, seed=0)
+        except StageError as error:
+            raise GenomeError(
+                f"`{first.name}`: {self.facts['architecture']} cannot be merged in memory: {error.reason}"
+            ) from error
+
+    @contextmanager
+    def _random_state(self, seed: int) -> Iterator[None]:
+        import torch
+
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+
+
+def _reference(where: Located) -> ModelReference:
+    from mergekit.common import ModelPath, ModelReference
+
+    lora = ModelPath(path=str(where.adapter)) if where.adapter is not None else None
+    return ModelReference(model=ModelPath(path=str(where.folder)), lora=lora)
+
+
+def _resident(where: Located, device: torch.device, dtype: torch.dtype) -> Any:
+    from mergekit.common import get_auto_cls
+
+    from llmevo.merge import headers
+
+    loader = get_auto_cls(headers.config(where)["architectures"][0])
+    model = loader.from_pretrained(
+        str(where.folder), dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _tokenizer(where: Located) -> Any:
+    from transformers import AutoTokenizer
+
+    if not (where.folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(str(where.folder), trust_remote_code=False)
+
+
+def _torch_dtype(name: str | torch.dtype) -> torch.dtype:
+    import torch
+
+    if isinstance(name, torch.dtype):
+        return name
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise GenomeError(f"`dtype` must be bfloat16, float16 or float32, not {name!r}")
+    return dtype

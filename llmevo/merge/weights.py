@@ -1,0 +1,150 @@
+"""The parents' weights, loaded once and kept in the form that mergekit's planner reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, final
+
+from llmevo.errors import GenomeError
+from llmevo.merge import headers
+from llmevo.merge.references import Located
+
+if TYPE_CHECKING:
+    import torch
+
+
+@final
+class Weights:
+    """One model's tensors in memory, behind the interface of mergekit's `LazyTensorLoader`.
+
+    Args:
+        tensors: By their names in the checkpoint; never changed.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.index = SimpleNamespace(tensor_paths=tensors)
+
+    def get_tensor(self, key: str, device: str = "cpu") -> torch.Tensor:
+        """Return a tensor where it lies: mergekit asks for the CPU, but our tensors stay on their device."""
+        return self.tensors[key]
+
+    def flush(self) -> None:
+        """Do nothing: there is no open shard."""
+
+
+def load(located: Located, *, dtype: torch.dtype, device: torch.device) -> tuple[Weights, bool]:
+    """Load one model, apply its adapter, cast it, and check that it is finite.
+
+    Args:
+        located: What to load.
+        dtype: Of floating-point tensors in memory.
+        device: Where they stay.
+
+    Returns:
+        The weights, and whether nothing was lost: every tensor was stored in `dtype` already.
+
+    Raises:
+        GenomeError: If a weight is NaN or infinite, or the adapter cannot be applied.
+    """
+    stored = _plain(located.folder, located.name) if located.adapter is None else _adapted(located)
+    lossless, tensors = True, {}
+    for key, tensor in stored:
+        if tensor.is_floating_point():
+            lossless = lossless and tensor.dtype == dtype
+            # The copy matters where nothing is cast: safetensors hands out views of the mapped file, which
+            # somebody may write to while the run goes on.
+            tensor = tensor.to(device=device, dtype=dtype, copy=True)
+            _check_finite(tensor, key, located.name)
+        tensors[key] = tensor.to(device)
+    return Weights(tensors), lossless
+
+
+def share(weights: Weights, others: Iterable[Weights]) -> None:
+    """Let a model share the tensors in which it equals another, such as those an adapter leaves alone."""
+    import torch
+
+    for other in others:
+        for key, theirs in other.tensors.items():
+            mine = weights.tensors.get(key)
+            if mine is not None and mine is not theirs and torch.equal(mine, theirs):
+                weights.tensors[key] = theirs
+
+
+def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of some tensors, each storage counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@contextmanager
+def loaders(table: Mapping[Any, Weights]) -> Iterator[None]:
+    """Make mergekit read these models from memory, and leave its own cache as it was.
+
+    mergekit keeps its loaders in a dict on the class, shared by the whole process. A model left in it would
+    be read from memory, or from a file that has gone, by the next merge in this process.
+
+    Args:
+        table: mergekit's model references and their weights; empty to begin with an empty cache.
+    """
+    from mergekit.io.tasks import LoaderCache
+
+    before = LoaderCache.loaders
+    LoaderCache.loaders = dict(table)
+    try:
+        yield
+    finally:
+        LoaderCache.loaders = before
+
+
+def _plain(folder: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    for file in headers.weight_files(folder, "model", name):
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for key in opened.keys():  # noqa: SIM118 (not a mapping)
+                yield key, opened.get_tensor(key)
+
+
+def _adapted(located: Located) -> Iterator[tuple[str, torch.Tensor]]:
+    """Apply a LoRA as mergekit does (`merge_and_unload` in the base's dtype), but not over the disk."""
+    import torch
+    from mergekit.common import get_auto_cls
+    from peft import PeftModel
+
+    architecture = headers.config(located)["architectures"][0]
+    # peft draws random factors before it loads the trained ones: the caller's random state must not move.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        base = get_auto_cls(architecture).from_pretrained(
+            str(located.folder), dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
+        try:
+            peft = PeftModel.from_pretrained(base, str(located.adapter), is_trainable=False)
+            merged = peft.merge_and_unload().state_dict()
+        except (RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
+            raise GenomeError(
+                f"`{located.name}`: peft cannot apply the adapter ({str(error).splitlines()[0]}): "
+                "check that it was trained on this base model and with an installed version of peft"
+            ) from error
+    for key in headers.tensors(located.folder, "model", located.name):
+        if key not in merged:
+            raise GenomeError(
+                f"`{located.name}`: tensor `{key}` of the base model has another name in transformers, "
+                f"so that the "
+                "adapter cannot be applied in memory: merge it with peft, save it, and name the saved folder"
+            )
+        yield key, merged[key].detach()
+
+
+def _check_finite(tensor: torch.Tensor, key: str, name: str) -> None:
+    import torch
+
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = int(finite.numel() - finite.sum())
+        raise GenomeError(
+            f"`{name}`: tensor `{key}` has {bad} of {finite.numel()} values that are NaN or infinite in "
+            f"{tensor.dtype}: the file is damaged, or its training diverged; take another parent"
+        )
