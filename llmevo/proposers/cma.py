@@ -7,6 +7,7 @@ generations gives the same distribution bit for bit, also after a round trip thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -22,6 +23,7 @@ from llmevo.trial import Proposal, State, Trial
 
 _FULL_COVARIANCE = 100  # genes; above, the diagonal alone is adapted
 _GRID = 256  # values; a finer integer is searched as a continuum and rounded
+_GROWTH = math.e  # of the step in one generation, at most; pycma's limit: a far guest would blow it up
 _COLLAPSED = 1e-14  # a step below this changes no coordinate
 
 
@@ -85,7 +87,8 @@ class CMA:
     A generation waits for all its trials: `propose` returns fewer points, or none, at its end. Only ranks
     are told. A failed trial ranks behind all others, and a generation in which every trial failed says
     nothing and is skipped. Trials with `attrs["guest"]` (see `Hybrid`) count into the generation in which
-    they stand; other foreign trials are not used.
+    they stand; other foreign trials are not used. A distribution that has shrunk to a point, or that
+    rounding errors have broken, starts anew at the best point of its last generation.
 
     Args:
         space: What may vary.
@@ -208,10 +211,25 @@ class CMA:
         ranked = best_first + [member for member in members if member.score is None]
         # Ranks, not values: CMA-ES looks at nothing else, and CatCMAwM scales its penalty for leaving the
         # cube by the spread of the values, which is not defined when half of them are equal.
-        with np.errstate(all="ignore"):
-            self._search.tell([(self._solution(trial), float(rank)) for rank, trial in enumerate(ranked)])
-        if self._collapsed():
+        told = [(self._solution(trial), float(rank)) for rank, trial in enumerate(ranked)]
+        if not self._update(told):
             self._search = self._begin(self.space.to_unit(best_first[0].params))
+
+    def _update(self, told: list[tuple[Any, float]]) -> bool:
+        """Tell one generation; whether a distribution that can be sampled from came out."""
+        search, numeric = self._search, bool(self._axes.numeric)
+        before = search._sigma if numeric else 0.0
+        try:
+            with np.errstate(all="ignore"):
+                search.tell(told)
+        except np.linalg.LinAlgError:
+            return False
+        sound = not self._axes.choice or bool(np.isfinite(search._q).all())
+        if numeric:
+            search._sigma = min(search._sigma, before * _GROWTH)
+            finite = np.isfinite(search._mean).all() and np.isfinite(search._C).all()
+            sound = sound and bool(finite and search._sigma > _COLLAPSED)
+        return sound
 
     def _solution(self, trial: Trial) -> Any:
         axes = self._axes
@@ -240,14 +258,3 @@ class CMA:
         onehot[range(len(axes.counts)), chosen] = 1.0
         onehot = np.where(active[axes.choice][:, None], onehot, self._search._q)
         return (raw if axes.numeric else None), onehot
-
-    def _collapsed(self) -> bool:
-        """Whether the distribution has shrunk to a point or is no longer finite."""
-        search = self._search
-        if self._axes.choice and not np.isfinite(search._q).all():
-            return True
-        if not self._axes.numeric:
-            return False
-        return not (
-            np.isfinite(search._mean).all() and np.isfinite(search._C).all() and search._sigma > _COLLAPSED
-        )
