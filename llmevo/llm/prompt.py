@@ -113,6 +113,11 @@ class Prompts:
             self._templates[name] = template
             self.hashes[name] = hashlib.sha256(source.encode()).hexdigest()
 
+    @property
+    def digest(self) -> str:
+        """One short hash of all templates, to tell runs with other prompts apart."""
+        return hashlib.sha256("".join(self.hashes.values()).encode()).hexdigest()[:12]
+
     def _render(self, name: str, **values: object) -> str:
         return self._templates[name].substitute(values).strip()
 

@@ -1,0 +1,287 @@
+"""A language model as proposer: it reads the best trials and answers with the next points.
+
+After EvoLLM (https://arxiv.org/abs/2402.18381) and LLM-Evo-Merge: results from worst to best, integers, noise
+of an evolution strategy around what the model says. One call asks for the whole batch. The first point of a
+batch is evaluated exactly as the model gave it; the others get noise of the current strength, which no model
+sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+
+from llmevo.errors import LLMError, ProposerError
+from llmevo.llm import ChatClient, Message, Reply, Request, client_from
+from llmevo.llm.decode import Decoded, decode
+from llmevo.llm.digest import Ranked, rank
+from llmevo.llm.encode import level_key, schema
+from llmevo.llm.prompt import Context as Context
+from llmevo.llm.prompt import Prompts
+from llmevo.proposers import Direction
+from llmevo.proposers.ga import reflect
+from llmevo.space import Categorical, Params, Space
+from llmevo.strength import OneFifth, Strength
+from llmevo.trial import Proposal, Trial
+
+_FALLBACKS_IN_A_ROW = 5
+_ATTEMPTS = 32  # at a point that is not known, each with wider noise
+_WIDEST = 0.5
+_PROBLEMS = {
+    "length": "it was cut off before its end",
+    "empty": "it was empty",
+    "no_json": "it holds no JSON object with proposals",
+    "no_genome": "no proposal has a genome with the parameters' names",
+    "too_long": "it was far too long",
+}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What came of a call, the repair turn included."""
+
+    decoded: Decoded
+    reply: Reply
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@final
+class LLM:
+    """Asks a language model for the next points, and says of each where it came from.
+
+    Origins: `start` (the space's start point, once, before anything is known), `llm` (exactly what the model
+    gave), `llm+noise` (that with noise of the current strength), `llm+mutated` (the model repeated a known
+    point or gave too few, so one of its points was mutated), `fallback:<reason>` (the answer was useless
+    twice; drawn around the best trial with the current strength, without the model).
+
+    `attrs["llm"]` says which call it was, and what the model gave where noise was added; the first point of a
+    call also carries the counts of repairs, the tokens, and the hash of the templates. A bad answer never
+    stops a run, but five fallback calls in a row do; an endpoint that does not serve stops it at once.
+
+    Args:
+        space: What may vary.
+        direction: `maximize` or `minimize`.
+        client: Which model; None for what `llm.client_from(LLMSpec())` finds, made on the first call.
+        strength: Standard deviation of the noise by history; None for `OneFifth()`.
+        context: What the model is told beyond the space; None for nothing.
+        perturb: Which new points get noise: the `rest` of a batch after its first, `all`, or `none`.
+        compact: Whether to ask in few words and without reasons; None: for clients with `small`.
+        prompts: Folder with templates that replace those of llmevo; None for none.
+
+    Raises:
+        ProposerError: `perturb` is not one of the three.
+        GenomeError: A template is wrong.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        direction: Direction,
+        *,
+        client: ChatClient | None = None,
+        strength: Strength | None = None,
+        context: Context | None = None,
+        perturb: Literal["rest", "all", "none"] = "rest",
+        compact: bool | None = None,
+        prompts: str | Path | None = None,
+    ) -> None:
+        if perturb not in ("rest", "all", "none"):
+            raise ProposerError(f"`perturb` must be 'rest', 'all' or 'none', but got {perturb!r}.")
+        self.space = space
+        self.direction: Direction = direction
+        self.context = context or Context()
+        self.perturb = perturb
+        self._strength = strength or OneFifth()
+        self._client = client
+        self._compact = compact
+        self._prompts = Prompts(prompts)
+
+    def propose(self, n: int, trials: Sequence[Trial], rng: np.random.Generator) -> list[Proposal]:
+        """Suggest up to `n` points; fewer if a finite space has no more.
+
+        Raises:
+            LLMError: The endpoint does not serve, or the fifth answer in a row was useless.
+        """
+        seed = int(rng.integers(2**31))
+        ranked = rank(trials, self.direction)
+        known = _Known(self.space, trials)
+        proposals = []
+        if ranked.best is None and known.add(self.space.start()):
+            proposals.append(Proposal(self.space.start(), "start"))
+        if len(proposals) == n or known.complete:
+            return proposals
+        call = 1 + max((trial.attrs["llm"]["call"] for trial in trials if "llm" in trial.attrs), default=-1)
+        answer = self._ask(n - len(proposals), trials, ranked, seed)
+        problem = answer.decoded.problem
+        if problem is not None and _fallbacks(trials) + 1 >= _FALLBACKS_IN_A_ROW:
+            raise LLMError(
+                f"the last {_FALLBACKS_IN_A_ROW} answers of {answer.reply.model or 'the language model'} could "
+                f"not be used, the last because {_why(problem)}; use another `llm.model`, a larger "
+                f"`llm.max_tokens` or another `search.proposer`, then resume the run."
+            )
+        sigma = self._strength(trials, self.direction)
+        made = self._points(n - len(proposals), answer.decoded, ranked, known, sigma, rng)
+        for slot, proposal in enumerate(made):
+            notes = {"call": call, **proposal.attrs}
+            if slot == 0:
+                notes |= {"asked": n - len(proposals), "seed": seed, **answer.notes}
+            made[slot] = replace(proposal, attrs={"llm": notes})
+        return proposals + made
+
+    def _points(
+        self,
+        n: int,
+        decoded: Decoded,
+        ranked: Ranked,
+        known: _Known,
+        sigma: float,
+        rng: np.random.Generator,
+    ) -> list[Proposal]:
+        """`n` labelled points from an answer; fewer if the space is used up."""
+        made: list[Proposal] = []
+        if decoded.problem is not None:
+            for _ in range(n):
+                # Without an incumbent there is nothing to stay near.
+                point = known.near(ranked.best.params, sigma, rng) if ranked.best else known.anywhere(rng)
+                if point is not None:
+                    made.append(Proposal(point, f"fallback:{decoded.problem}", {"strength": sigma}))
+            return made
+        given = decoded.points[:n]
+        for place in range(n):
+            point = given[place % len(given)]
+            fresh = place < len(given) and not known.copied(point)
+            noisy = self.perturb == "all" or (self.perturb == "rest" and any(p.origin == "llm" for p in made))
+            if fresh and not noisy and known.add(point):
+                made.append(Proposal(point, "llm"))
+                continue
+            nearby = known.near(point, sigma, rng)
+            if nearby is not None:
+                origin = "llm+noise" if fresh else "llm+mutated"
+                made.append(Proposal(nearby, origin, {"proposed": point, "strength": sigma}))
+        return made
+
+    def _ask(self, n: int, trials: Sequence[Trial], ranked: Ranked, seed: int) -> _Answer:
+        """Ask for `n` points, and once more if the answer cannot be used."""
+        if self._client is None:
+            from llmevo.genome import LLMSpec
+
+            self._client = client_from(LLMSpec())
+        compact = bool(getattr(self._client, "small", False)) if self._compact is None else self._compact
+
+        def messages(count: int) -> tuple[Message, ...]:
+            return self._prompts.messages(
+                self.space,
+                self.direction,
+                trials,
+                ranked,
+                count,
+                context=self.context,
+                compact=compact,
+            )
+
+        parent = ranked.best.params if ranked.best is not None else None
+        form = schema(self.space, n, why=not compact)
+        reply = self._client.complete(Request(messages(n), form, seed=seed, name="propose"))
+        decoded = self._read(reply, parent)
+        first = decoded.problem
+        if first is not None and first != "context":
+            count = max(n // 2, 1) if first == "length" else n  # what was too long may fit by halves
+            *before, last = messages(count)
+            # A fresh conversation: a useless answer that stays in it breeds more of its kind.
+            repair = {**last, "content": f"{last['content']}\n\n{self._prompts.repair(_why(first))}"}
+            form = schema(self.space, count, why=not compact)
+            reply = self._client.complete(Request((*before, repair), form, seed=seed + 1, name="propose"))
+            decoded = self._read(reply, parent)
+        notes: dict[str, Any] = {
+            "mode": reply.mode,
+            "usage": {key: value for key, value in asdict(reply.usage).items() if value is not None},
+            "counts": {key: value for key, value in decoded.counts.items() if value},
+            "prompts": self._prompts.digest,
+        }
+        if first is not None:
+            notes["repaired"] = first
+        return _Answer(decoded, reply, notes)
+
+    def _read(self, reply: Reply, parent: Params | None) -> Decoded:
+        if reply.finish_reason in ("length", "empty", "malformed", "refusal", "content_filter", "context"):
+            return Decoded(problem=reply.finish_reason)
+        return decode(self.space, reply.text, parent)
+
+
+@final
+class _Known:
+    """The points of a history and of the batch in the making, to which new ones are added."""
+
+    def __init__(self, space: Space, trials: Sequence[Trial]) -> None:
+        self._space = space
+        self._keys = {space.key(trial.params) for trial in trials}
+        self._levels = {level_key(space, trial.params) for trial in trials}
+
+    @property
+    def complete(self) -> bool:
+        """Whether a finite space surely has no other point."""
+        return self._space.count is not None and len(self._keys) >= self._space.count
+
+    def copied(self, point: Params) -> bool:
+        """Whether a model that sees levels could not tell `point` from a known one."""
+        return level_key(self._space, point) in self._levels
+
+    def add(self, point: Params) -> bool:
+        """Add `point`; false if it was known."""
+        key = self._space.key(point)
+        if key in self._keys:
+            return False
+        self._keys.add(key)
+        self._levels.add(level_key(self._space, point))
+        return True
+
+    def near(self, point: Params, sigma: float, rng: np.random.Generator) -> Params | None:
+        """A new point around `point`, added; None if none was found anywhere."""
+        for attempt in range(_ATTEMPTS):
+            candidate = _noisy(self._space, point, min(sigma * 1.2**attempt, _WIDEST), rng)
+            if self.add(candidate):
+                return candidate
+        return self.anywhere(rng)
+
+    def anywhere(self, rng: np.random.Generator) -> Params | None:
+        """A new point of the whole space, added; None if none was found."""
+        for _ in range(max(_ATTEMPTS, 8 * min(self._space.count or 0, 1000))):
+            candidate = self._space.sample(rng)
+            if self.add(candidate):
+                return candidate
+        return None
+
+
+def _noisy(space: Space, point: Params, sigma: float, rng: np.random.Generator) -> Params:
+    """Normal steps on numbers, reflected at the bounds; choices redrawn with the probability `sigma`."""
+    unit = space.to_unit(point)
+    steps = rng.normal(0.0, sigma, len(unit))
+    draws = rng.random((2, len(unit)))
+    moved = reflect(unit + steps)
+    for index, gene in enumerate(space.genes.values()):
+        if isinstance(gene, Categorical) and not gene.ordered:
+            moved[index] = draws[1, index] if draws[0, index] < sigma else unit[index]
+    return space.from_unit(moved)
+
+
+def _fallbacks(trials: Sequence[Trial]) -> int:
+    """How many calls in a row, up to the last, ended in a fallback."""
+    calls: dict[int, bool] = {}
+    for trial in trials:
+        if "llm" in trial.attrs:
+            calls[trial.attrs["llm"]["call"]] = trial.origin.startswith("fallback:")
+    run = 0
+    for call in sorted(calls, reverse=True):
+        if not calls[call]:
+            break
+        run += 1
+    return run
+
+
+def _why(problem: str) -> str:
+    return _PROBLEMS.get(problem, f"of `{problem}`" if problem == "context" else f"it ended with `{problem}`")
