@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
 
-from llmevo.errors import RunLockedError
+from llmevo.errors import RunLockedError, StoreError
 
 LOCK = "lock"
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that every reader, also after a power loss, sees the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that every reader, also after a power loss, sees the old text or the new one.
+
+    Raises:
+        StoreError: The disk does not serve.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+        sync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise StoreError(f"`{path}` cannot be written: {error}.") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -20,7 +20,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from llmevo.errors import StoreError
 from llmevo.genome import Genome
 from llmevo.pipeline import Outcome
 from llmevo.rundir import lock as lock_directory
-from llmevo.rundir import sync_directory, write_atomic
+from llmevo.rundir import write_atomic
 from llmevo.trial import Score, State, Trial
 
 DATABASE = "run.db"
@@ -99,15 +99,18 @@ class Store:
 
     @staticmethod
     def exists(run_dir: str | Path) -> bool:
-        """Whether a run was begun in this directory."""
+        """Whether a run was begun in this directory.
+
+        Raises:
+            StoreError: There is a file in its place that cannot be read.
+        """
         path = Path(run_dir) / DATABASE
-        if not path.is_file() or path.stat().st_size == 0:
+        if not path.is_file():
             return False
-        with _connect(path, readonly=True) as db:
-            # A run killed while it was being created has a file, but no schema yet.
-            return bool(_first(db, "PRAGMA user_version", path)) or bool(
-                _first(db, "SELECT count(*) FROM sqlite_master", path)
-            )
+        if path.with_name("genome.yaml").is_file():  # written last by `create`: what is missing now is lost
+            return True
+        with closing(_connect(path, readonly=True)) as db:
+            return bool(_first(db, "SELECT count(*) FROM sqlite_master", path))
 
     @classmethod
     def create(cls, run_dir: str | Path, genome_text: str, genome: Genome) -> Store:
@@ -131,16 +134,12 @@ class Store:
         try:
             if cls.exists(path):
                 raise StoreError(f"`{path}` already has a run; open it, or choose another --run-dir.")
-            write_atomic(path / "genome.yaml", genome_text)
             store = cls(path, _open_database(path / DATABASE), lock)
             with store._transaction():
                 _migrate(store._db, path)
                 store._put_meta("genome", genome.model_dump(mode="json", by_alias=True))
                 store._put_meta("genome_text", genome_text)
-            sync_directory(path)
-        except OSError as error:
-            os.close(lock)
-            raise StoreError(f"`{path}` cannot be a run directory: {error}.") from error
+            write_atomic(path / "genome.yaml", genome_text)  # makes the names of the others durable too
         except BaseException:
             os.close(lock)
             raise
@@ -162,6 +161,7 @@ class Store:
         if not (path / DATABASE).is_file():
             raise StoreError(f"`{path}` has no run in it ({DATABASE} is missing).")
         lock = None if readonly else lock_directory(path)
+        store = None
         try:
             db = _connect(path / DATABASE, True) if readonly else _open_database(path / DATABASE)
             store = cls(path, db, lock)
@@ -169,8 +169,12 @@ class Store:
             if not readonly:
                 with store._transaction():
                     _migrate(store._db, path)
+                if not (path / "genome.yaml").is_file():  # killed at the end of `create`
+                    write_atomic(path / "genome.yaml", store.genome_text)
         except BaseException:
-            if lock is not None:
+            if store is not None:
+                store.close()
+            elif lock is not None:
                 os.close(lock)
             raise
         return store
@@ -372,7 +376,10 @@ class Store:
 
 
 def _connect(path: Path, readonly: bool) -> sqlite3.Connection:
-    uri = path.resolve().as_uri() + ("?mode=ro" if readonly else "?mode=rwc")
+    mode = "ro" if readonly else "rwc"
+    if readonly and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
+        mode = "ro&immutable=1"  # SQLite wants to make a -wal even to read; nobody is writing here
+    uri = f"{path.resolve().as_uri()}?mode={mode}"
     try:
         db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30.0)
         # A bit flipped in a text may not be UTF-8; the row's sum must get to see it.
