@@ -5,6 +5,7 @@
     LlmevoError
     ├── SpaceError        a gene, a space or a point of it is wrong (also a ValueError)
     ├── TrialError        ask or tell was used against its rules (also a ValueError)
+    ├── StatsError        scores cannot be compared as asked (also a ValueError)
     ├── GenomeError       the YAML file, or what it names, is wrong
     ├── StageError        a stage of the pipeline failed; a trial's failure, not the run's
     ├── ProposerError     a proposer cannot go on
@@ -29,6 +30,10 @@ class SpaceError(LlmevoError, ValueError):
 
 class TrialError(LlmevoError, ValueError):
     """`ask` or `tell` was used against its rules."""
+
+
+class StatsError(LlmevoError, ValueError):
+    """Scores that cannot be compared as asked: other items, or an argument out of range."""
 
 
 class GenomeError(LlmevoError):

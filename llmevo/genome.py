@@ -256,9 +256,11 @@ class Genome(Spec):
 
     @model_validator(mode="after")
     def _tasks_once(self) -> Genome:
-        names = [task.name for task in self.tasks]
+        names = [f"{task.name} ({task.metric})" for task in self.tasks]
         if len(set(names)) < len(names):
-            raise ValueError(f"`tasks` must not name a task twice, but got {names}; remove the double one")
+            raise ValueError(
+                f"`tasks` must not name a task twice with one metric, but got {names}; remove the double one"
+            )
         return self
 
 

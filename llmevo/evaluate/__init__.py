@@ -1,1 +1,10 @@
-"""The evaluate stage: lm-eval tasks, built once, scored item by item."""
+"""The evaluate stage: lm-eval tasks, built once, scored item by item.
+
+Importing this package imports neither torch nor lm-eval; they load when something here is used.
+"""
+
+from llmevo.evaluate.hardware import device, dtype
+from llmevo.evaluate.scorer import Evaluator
+from llmevo.evaluate.tasks import check_tasks
+
+__all__ = ["Evaluator", "check_tasks", "device", "dtype"]

@@ -1,0 +1,284 @@
+"""The evaluator: runs the plan on the resident model and turns lm-eval's answers into a score.
+
+The forward passes, filters, metrics and aggregations are lm-eval's own (HFLM and its Task classes), so that a
+score here is the number that `lm_eval` prints for the same items and prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+from llmevo.errors import StageError
+from llmevo.evaluate.measures import gold, per_item
+from llmevo.evaluate.plan import SPLITS, Part, Plan, Requests, build_plan, fingerprint, quiet
+from llmevo.evaluate.tasks import GOLD_METRICS
+from llmevo.trial import Score, standard_error
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmevo.genome import Genome
+    from llmevo.trial import Split
+
+_SEED = 1234  # of sampled generations; lm-eval's own default
+_CPU_BATCH = 16
+_CPU_BYTES = 2 << 30
+_GPU_SHARE = 0.3
+
+
+@final
+class Evaluator:
+    """Scores whatever weights the resident model holds.
+
+    Tasks are loaded, prompts rendered and tokenised once, in the constructor. Each evaluation then runs the
+    same requests in the same batches, so that scores of different weights are paired item by item, and the
+    same weights score the same twice.
+
+    `Score.items` hold what each item scored in each term (see `Part.key`), in stored order, and signed so
+    that more is better in either direction: 0 and 1 for an accuracy, negative numbers for a perplexity.
+    `Score.value` is the sum over the terms of `weight * mean(items)`, with the sign turned under `minimize`.
+
+    Args:
+        genome: The genome: tasks, limit, few-shot examples, direction, seed.
+        model: The resident transformers model; its weights may change, its modules may not.
+        tokenizer: The model's tokenizer.
+        device: Where the model is.
+
+    Raises:
+        GenomeError: A task cannot be loaded or lacks the metric, or the tokenizer lacks a chat template.
+    """
+
+    def __init__(self, genome: Genome, model: Any, tokenizer: Any, *, device: torch.device | str) -> None:
+        import torch
+        from lm_eval.models.huggingface import HFLM
+
+        spec = genome.evaluate
+        self._device = torch.device(device)
+        self._direction = genome.search.direction
+        with quiet():
+            self._lm = HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=spec.batch_size or 1,
+                max_length=spec.max_length,
+            )
+        self._plan: Plan = build_plan(genome, self._lm)
+        if spec.batch_size is None:
+            self._lm.batch_size_per_gpu = self._plan.batch_size = _batch_size(self._plan, model, self._device)
+        self._golds = {name: _golds(task, self._plan, name) for name, task in self._plan.tasks.items()}
+        self._fingerprint = fingerprint(self._plan)
+
+    def evaluate(self, split: Split) -> tuple[Score, dict[str, dict[str, float]]]:
+        """Score the model's weights as they are now.
+
+        Args:
+            split: `search`, or the items that the search never sees.
+
+        Returns:
+            The score, and every metric that lm-eval computes by task, named as lm-eval names them
+            (`acc,none`); multiple-choice tasks have `gold_logprob,none` and `gold_margin,none` besides.
+
+        Raises:
+            StageError: The split has no items, logits are not finite, or a metric fails or is not there.
+        """
+        plan = self._plan
+        if not plan.requests[split]:
+            raise StageError(
+                "evaluate", f"no items are in the split {split!r}; `evaluate.holdout` must be > 0."
+            )
+        self._answer(plan.requests[split])
+        raw = {name: self._raw(name, split) for name in plan.tasks}
+        metrics = {name: _aggregate(plan.tasks[name], values) for name, values in raw.items()}
+        items: dict[str, list[float]] = {}
+        value = 0.0
+        variance: float | None = 0.0
+        for part in plan.parts:
+            values = _values(part, raw[part.task])
+            whole = metrics[part.task].get(f"{part.metric},{part.filter}", math.nan)
+            if not math.isfinite(whole):
+                raise StageError("evaluate", f"{part.metric},{part.filter} of {part.task} is not finite.")
+            value += part.sign * part.weight * whole
+            better = part.sign if self._direction == "maximize" else -part.sign
+            scored = per_item(values, _aggregation(plan.tasks[part.task], part.metric))
+            items[part.key] = [better * item for item in scored]
+            error = standard_error(scored)
+            known = variance is not None and error is not None and math.isfinite(error)
+            variance = variance + (part.weight * error) ** 2 if known else None  # type: ignore[operator]
+        return Score(value, None if variance is None else math.sqrt(variance), items), metrics
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the run's record, as JSON.
+
+        `items` by task and split, `weights` and `signs` by term of the score, `batch_size`, `chat_template`,
+        `fewshot` by task, `truncated` requests by split, and `fingerprint`, which changes with any prompt.
+        """
+        plan = self._plan
+        longest = self._lm.max_length + 1
+        return {
+            "items": {name: {s: len(plan.order[s][name]) for s in SPLITS} for name in plan.tasks},
+            "weights": {part.key: part.weight for part in plan.parts},
+            "signs": {part.key: part.sign for part in plan.parts},
+            "batch_size": self._lm.batch_size,
+            "chat_template": plan.chat_template,
+            "fewshot": {name: task.get_config("num_fewshot") for name, task in plan.tasks.items()},
+            "truncated": {
+                s: sum(len(t[1]) + len(t[2]) > longest for r in plan.requests[s] for t in r.tokens)
+                for s in SPLITS
+            },
+            "fingerprint": self._fingerprint,
+        }
+
+    def _answer(self, sweeps: Sequence[Requests]) -> None:
+        """Run every request and hang the answers on lm-eval's instances."""
+        for requests in sweeps:
+            for instance in requests.instances:
+                # lm-eval appends: a second evaluation would be scored on the first one's answers.
+                instance.resps, instance.filtered_resps = [], {}
+        with quiet():
+            for requests in sweeps:
+                answers: Sequence[Any]
+                if requests.kind == "generate_until":
+                    answers = self._generate(requests)
+                else:
+                    answers = self._likelihoods(requests)
+                for instance, answer in zip(requests.instances, answers, strict=True):
+                    instance.resps.append(answer)
+
+    def _likelihoods(self, requests: Requests) -> list[Any]:
+        run = self._lm._loglikelihood_tokens
+        if requests.kind == "loglikelihood":
+            answers = run(requests.tokens, disable_tqdm=True)
+        else:
+            # HFLM sends windows through one batch at a time; sorting them all first would pad differently.
+            size = self._lm.batch_size
+            answers = []
+            for start in range(0, len(requests.tokens), size):
+                answers += run(requests.tokens[start : start + size], disable_tqdm=True)
+        if not all(math.isfinite(likelihood) for likelihood, _ in answers):
+            raise StageError("evaluate", "the model's logits are not finite.")
+        if requests.kind == "loglikelihood":
+            return list(answers)
+        totals = [0.0] * len(requests.instances)
+        for owner, (likelihood, _) in zip(requests.owners, answers, strict=True):
+            totals[owner] += likelihood
+        return totals
+
+    def _generate(self, requests: Requests) -> list[str]:
+        import torch
+
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), _finite_logits(self._lm.model):
+            torch.manual_seed(_SEED)
+            texts: list[str] = self._lm.generate_until(requests.instances, disable_tqdm=True)
+        return texts
+
+    def _raw(self, name: str, split: Split) -> dict[tuple[str, str], list[Any]]:
+        """Raw values by (metric, filter) in stored item order."""
+        task, rows = self._plan.tasks[name], self._plan.documents[split][name]
+        # Filters run over a task's instances, which are those of one split at a time.
+        task._instances = [instance for instances in rows for instance in instances]
+        task.apply_filters()
+        raw: dict[tuple[str, str], list[Any]] = {}
+        for instances in rows:
+            for filter_name in instances[0].filtered_resps:
+                responses = [instance.filtered_resps[filter_name] for instance in instances]
+                for metric, value in task.process_results(instances[0].doc, responses).items():
+                    raw.setdefault((metric, filter_name), []).append(value)
+            golds = self._golds[name].get(instances[0].doc_id)
+            if golds is not None:
+                likelihoods = [instance.resps[0][0] for instance in instances[: golds[1]]]
+                for metric, value in gold(likelihoods, golds[0]).items():
+                    raw.setdefault((metric, "none"), []).append(value)
+        return raw
+
+
+def _golds(task: Any, plan: Plan, name: str) -> dict[int, tuple[list[int], int]]:
+    """For each document of a multiple-choice task, the right choices and the number of choices."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return {}
+    golds = {}
+    for split in SPLITS:
+        for instances in plan.documents[split][name]:
+            doc = instances[0].doc
+            choices = task.doc_to_choice(doc)
+            right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+            listed = right if isinstance(right, list) else [right]
+            indices = [choices.index(g) if isinstance(g, str) and g in choices else g for g in listed]
+            valid = [g for g in indices if isinstance(g, int) and 0 <= g < len(choices)]
+            if valid:
+                golds[instances[0].doc_id] = (valid, len(choices))
+    return golds
+
+
+def _aggregation(task: Any, metric: str) -> Callable[[Sequence[Any]], float]:
+    """lm-eval's aggregation of a metric; the mean where the task names none, as in lm-eval."""
+    from lm_eval.api.metrics import mean
+
+    chosen: Callable[[Sequence[Any]], float] = (
+        mean if metric in GOLD_METRICS else task.aggregation().get(metric, mean)
+    )
+    return chosen
+
+
+def _aggregate(task: Any, raw: dict[tuple[str, str], list[Any]]) -> dict[str, float]:
+    """Every metric of one task that has a number, by lm-eval's name for it."""
+    metrics = {}
+    for (metric, filter_name), values in raw.items():
+        with contextlib.suppress(ArithmeticError, TypeError, ValueError):
+            number = float(_aggregation(task, metric)(values))
+            if math.isfinite(number):
+                metrics[f"{metric},{filter_name}"] = number
+    return metrics
+
+
+def _values(part: Part, raw: dict[tuple[str, str], list[Any]]) -> list[Any]:
+    try:
+        return raw[part.metric, part.filter]
+    except KeyError:
+        have = ", ".join(f"{metric},{filter_name}" for metric, filter_name in raw)
+        reason = f"{part.task} did not report {part.metric},{part.filter}; it reported {have}."
+        raise StageError("evaluate", reason) from None
+
+
+@contextlib.contextmanager
+def _finite_logits(model: Any) -> Iterator[None]:
+    """Raise StageError at the first forward pass whose last logits are NaN or infinite.
+
+    Greedy decoding picks some token from NaN logits without complaint, and the garbage would be scored.
+    """
+
+    def check(_module: Any, _inputs: Any, output: Any) -> None:
+        # A model may mask tokens with -inf; only NaN and +inf say that the weights are broken.
+        last = output.logits[:, -1]
+        if bool(last.isnan().any()) or bool(last.isposinf().any()):
+            raise StageError("evaluate", "the model's logits are not finite.")
+
+    hook = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _batch_size(plan: Plan, model: Any, device: torch.device) -> int:
+    """Requests per forward pass, a power of two: as many as the logits of the longest request leave room for.
+
+    HFLM keeps the logits of every position and their log-softmax: about `tokens * vocabulary * 8` bytes a
+    request. On a CPU more than 16 gains nothing.
+    """
+    import torch
+
+    lengths = [len(t[1]) + len(t[2]) for split in SPLITS for r in plan.requests[split] for t in r.tokens]
+    one = max(lengths, default=1) * model.config.get_text_config().vocab_size * 8
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        room, most = int(free * _GPU_SHARE), 256
+    else:
+        room, most = _CPU_BYTES, _CPU_BATCH
+    size = 1
+    while size < most and 2 * size * one <= room:
+        size *= 2
+    return size

@@ -1,0 +1,137 @@
+"""Intervals and tests against closed forms, published figures and simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as reference
+
+from llmevo.errors import StatsError
+from llmevo.stats import holm, mcnemar, paired_difference, wilson
+
+BITS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
+
+
+@given(BITS)
+def test_mcnemar_is_the_exact_binomial_test(pairs: list[tuple[int, int]]) -> None:
+    a, b = zip(*pairs, strict=True)
+    wins, losses = sum(x > y for x, y in pairs), sum(x < y for x, y in pairs)
+    expected = reference.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected)
+    assert mcnemar(a, b) == mcnemar(b, a)
+
+
+@given(st.integers(1, 500), st.floats(0, 1), st.floats(0.5, 0.999))
+def test_wilson_is_scipys(count: int, share: float, level: float) -> None:
+    successes = round(share * count)
+    interval = wilson(successes, count, level)
+    expected = reference.binomtest(successes, count).proportion_ci(level, method="wilson")
+    assert interval.low == pytest.approx(expected.low, abs=1e-9)
+    assert interval.high == pytest.approx(expected.high, abs=1e-9)
+    assert 0 <= interval.low <= interval.estimate <= interval.high <= 1
+
+
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_holm_never_lowers_a_p_value_and_keeps_their_order(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert all(p <= q <= 1 for p, q in zip(p_values, adjusted, strict=True))
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    assert all(adjusted[i] <= adjusted[j] for i, j in itertools.pairwise(order))
+
+
+def test_holm_on_a_worked_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data(), st.sampled_from(["bca", "percentile", "normal"]))
+def test_the_interval_holds_the_estimate_and_turns_with_the_models(data: st.DataObject, method: str) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    sizes = data.draw(st.lists(st.integers(5, 60), min_size=1, max_size=3))
+    a = {f"t{i}": rng.normal(0.2, 1, n).tolist() for i, n in enumerate(sizes)}
+    b = {f"t{i}": rng.normal(0, 1, n).tolist() for i, n in enumerate(sizes)}
+    weights = {"t0": 2.0}
+    interval = paired_difference(a, b, weights=weights, method=method, resamples=400)  # type: ignore[arg-type]
+    assert interval.estimate == pytest.approx(
+        sum(weights.get(t, 1.0) * (np.mean(a[t]) - np.mean(b[t])) for t in a)
+    )
+    assert interval.low < interval.estimate < interval.high
+    assert interval == paired_difference(a, b, weights=weights, method=method, resamples=400)  # type: ignore[arg-type]
+    turned = paired_difference(b, a, weights=weights, method=method, resamples=400)  # type: ignore[arg-type]
+    assert turned.estimate == pytest.approx(-interval.estimate)
+    assert (turned.high - turned.low) == pytest.approx(interval.high - interval.low, rel=0.3)
+
+
+def test_bca_is_scipys() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.exponential(1.5, 40), rng.exponential(1.0, 40)
+    ours = paired_difference({"t": a}, {"t": b}, resamples=20000)
+    theirs = reference.bootstrap(
+        (a - b,), np.mean, n_resamples=20000, method="BCa", rng=rng
+    ).confidence_interval
+    assert ours.low == pytest.approx(theirs.low, abs=0.03)
+    assert ours.high == pytest.approx(theirs.high, abs=0.03)
+
+
+@pytest.mark.parametrize("method", ["bca", "percentile", "normal"])
+def test_intervals_cover_the_truth(method: str) -> None:
+    """Two tasks of 0/1 items with correlated answers, 60 and 120 items, true difference 0.05 + 0.5 * 0.10."""
+    rng = np.random.default_rng(7)
+    runs, covered = 600, 0
+    for _ in range(runs):
+        a, b = {}, {}
+        for task, count, gain in (("one", 60, 0.05), ("two", 120, 0.10)):
+            base = rng.random(count) < 0.6
+            flip = rng.random(count)
+            # P(better) - P(worse) = gain: right answers are lost at rate 0.1, wrong ones found as needed.
+            found = (gain + 0.1 * 0.6) / 0.4
+            b[task] = base.astype(float)
+            a[task] = np.where(base, flip > 0.1, flip < found).astype(float)
+        interval = paired_difference(a, b, weights={"two": 0.5}, method=method, resamples=500)  # type: ignore[arg-type]
+        covered += interval.low <= 0.10 <= interval.high
+    # 0.95 less three standard errors of the simulation, less a point for finite samples.
+    assert covered / runs > 0.95 - 3 * math.sqrt(0.95 * 0.05 / runs) - 0.01
+    assert covered < runs
+
+
+def test_pairing_narrows_the_interval() -> None:
+    rng = np.random.default_rng(1)
+    hard = rng.normal(0, 1, 200)
+    a, b = hard + rng.normal(0.1, 0.2, 200), hard + rng.normal(0, 0.2, 200)
+    paired = paired_difference({"t": a}, {"t": b})
+    unpaired = paired_difference({"t": a}, {"t": rng.permutation(b)})
+    assert paired.excludes_zero
+    assert paired.high - paired.low < 0.5 * (unpaired.high - unpaired.low)
+
+
+def test_equal_models_have_a_point_at_zero() -> None:
+    interval = paired_difference({"t": [1, 0, 1]}, {"t": [1, 0, 1]})
+    assert (interval.low, interval.high, interval.excludes_zero) == (0.0, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "options", "message"),
+    [
+        ({"x": [1.0]}, {"y": [1.0]}, {}, "same tasks"),
+        ({"x": [1.0]}, {"x": [1.0, 2.0]}, {}, "same items of 'x'"),
+        ({"x": []}, {"x": []}, {}, "at least one"),
+        ({}, {}, {}, "same tasks"),
+        ({"x": [math.nan]}, {"x": [1.0]}, {}, "must be finite"),
+        ({"x": [1.0]}, {"x": [1.0]}, {"level": 1.0}, "`0 < level < 1`"),
+        ({"x": [1.0]}, {"x": [1.0]}, {"resamples": 10}, "`resamples >= 100`"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(a: dict, b: dict, options: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(StatsError, match=message):
+        paired_difference(a, b, **options)
+    with pytest.raises(StatsError, match="only 0 and 1"):
+        mcnemar([0.5], [1.0])
+    with pytest.raises(StatsError, match="successes <= count"):
+        wilson(3, 2)
+    with pytest.raises(StatsError, match="must lie in"):
+        holm([1.5])
