@@ -10,7 +10,10 @@ from typing import Any
 
 from llmevo.errors import StoreError
 from llmevo.genome import Genome, SearchSpec, resumable_difference
+from llmevo.llm import DescribedClient, client_from
+from llmevo.llm.prompt import Context
 from llmevo.proposers import Proposer, make
+from llmevo.recipe import Recipes, Reference
 from llmevo.rundir import move_aside
 from llmevo.space import Space
 from llmevo.store import DATABASE, Store
@@ -57,46 +60,70 @@ def batch(search: SearchSpec, space: Space) -> int:
     return search.population or 4 + math.floor(3 * math.log(len(space)))
 
 
-def proposer(genome: Genome, space: Space) -> Proposer:
+def references(genome: Genome, recipes: Recipes) -> list[Reference]:
+    """The first trials: warm starts, and before them, unless switched off, what the search must beat."""
+    found = recipes.references()
+    return found if genome.search.references else [r for r in found if r.origin.startswith("warm_start:")]
+
+
+def client(genome: Genome) -> DescribedClient | None:
+    """The language model of the proposer; None if that asks none.
+
+    Raises:
+        LLMError: It is not there, or its key is not.
+    """
+    if genome.search.proposer not in ("llm", "hybrid"):
+        return None
+    return client_from(genome.llm)
+
+
+def proposer(genome: Genome, recipes: Recipes, chat: DescribedClient | None = None) -> Proposer:
     """The proposer that `search` and `llm` describe.
+
+    Args:
+        genome: What is searched.
+        recipes: Its space and the models' short names.
+        chat: From `client`; needed by the proposers `llm` and `hybrid`.
 
     Raises:
         ProposerError: No proposer has that name, or it cannot be made.
     """
-    search = genome.search
+    search, space = genome.search, recipes.space
     if search.proposer == "hybrid":
         options = {
             "base": search.base,
-            "base_options": _options(search.base, genome),
+            "base_options": _options(search.base, genome, recipes, chat),
             "share": search.share,
             "warmup": search.warmup,
-            **_options("llm", genome),
+            **_options("llm", genome, recipes, chat),
         }
     else:
-        options = _options(search.proposer, genome)
+        options = _options(search.proposer, genome, recipes, chat)
     return make(search.proposer, space, search.direction, **options)
 
 
-def _options(name: str, genome: Genome) -> dict[str, Any]:
+def _options(name: str, genome: Genome, recipes: Recipes, chat: DescribedClient | None) -> dict[str, Any]:
     search = genome.search
     if name == "cma":
         return {"population": search.population, "sigma0": search.sigma0}
     if name == "ga":
         return {"population": search.population, "strength": strength(search)}
     if name == "llm":
-        return _llm_options(genome)
+        return {"client": chat, "strength": strength(search), "context": _context(genome, recipes)}
     return {}
 
 
-def _llm_options(genome: Genome) -> dict[str, Any]:
-    from llmevo.llm import client_from
-    from llmevo.proposers.llm import Context
-
-    spec = genome.genome
-    context = Context(
-        models=spec.models, tasks=[task.name for task in genome.tasks], budget=genome.search.trials
+def _context(genome: Genome, recipes: Recipes) -> Context:
+    """What the language model is told of the search beyond its space."""
+    methods = genome.genome.merge_method
+    unseen = sum(reference.params is None for reference in references(genome, recipes))
+    return Context(
+        goal="the weighted sum of the tasks' metrics of the merged model",
+        tasks=[f"{task.name} ({task.metric}, weight {task.weight:g})" for task in genome.tasks],
+        models=list(recipes.labels.values()),
+        method=methods if isinstance(methods, str) else "one of " + ", ".join(methods),
+        budget=genome.search.trials - unseen,
     )
-    return {"client": client_from(genome.llm), "strength": strength(genome.search), "context": context}
 
 
 def strength(search: SearchSpec) -> Strength:

@@ -125,13 +125,14 @@ class _Sitting:
         self._left = limit
         self._failed_in_a_row = 0
         self.recipes = Recipes(genome, num_layers(genome))
-        self.references = self.recipes.references()
+        self.references = opening.references(genome, self.recipes)
         self.batch = opening.batch(genome.search, self.recipes.space)
+        self._chat = opening.client(genome)
         history = store.trials()
         self._pending = {trial.number: trial for trial in history if trial.state is State.PENDING}
         self.optimizer = Optimizer(
             self.recipes.space,
-            opening.proposer(genome, self.recipes.space),
+            opening.proposer(genome, self.recipes, self._chat),
             direction=genome.search.direction,
             seed=genome.search.seed,
             trials=history,
@@ -156,6 +157,9 @@ class _Sitting:
                 self.batch,
             )
         )
+        if self._chat is not None:
+            self.observer.note(f"language model: {self._chat.describe()}")
+            self.store.set_meta("llm", self._chat.describe())
         if self.optimizer.best is not None:
             self._save_best(self.optimizer.best)  # the last sitting may have died just before
         try:
