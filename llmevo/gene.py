@@ -18,7 +18,7 @@ from llmevo.errors import SpaceError
 Value: TypeAlias = str | int | float | bool | None
 
 _DIGITS = 12
-_INT_MAX = 2**53  # the largest range in which every int is also a float
+_INT_MAX = 2**40  # up to here the way to the unit cube and back is exact; from 2**47 on logarithms round
 
 
 def _is_number(value: object) -> bool:
@@ -106,7 +106,8 @@ class Float:
         if not _is_number(value) or not math.isfinite(float(value)):  # type: ignore[arg-type]
             raise SpaceError(f"`{name}` must be a finite number, but got {value!r}.")
         number = float(value)  # type: ignore[arg-type]
-        if not self.low <= number <= self.high:
+        slack = 10.0**-_DIGITS * max(abs(self.low), abs(self.high))  # 6 * 0.05 is 0.30000000000000004
+        if not self.low - slack <= number <= self.high + slack:
             raise SpaceError(f"`{self.low:g} <= {name} <= {self.high:g}` must hold, but got {number!r}.")
         return self._snap(number)
 
@@ -165,7 +166,7 @@ class Int:
         for name in ("low", "high", "step"):
             value = getattr(self, name)
             if int(value) != value or abs(value) > _INT_MAX:
-                raise SpaceError(f"`{name}` of Int must be a whole number within 2**53, but got {value!r}.")
+                raise SpaceError(f"`{name}` of Int must be a whole number within 2**40, but got {value!r}.")
             object.__setattr__(self, name, int(value))
         if self.step < 1:
             raise SpaceError(f"`step >= 1` must hold for Int, but got step={self.step}.")

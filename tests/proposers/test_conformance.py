@@ -5,23 +5,79 @@ To add one, put how it is built into `PROPOSERS`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
+import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llmevo import Categorical, Condition, Float, Int, Optimizer, Space, State, Trial
+from llmevo.llm import Reply, Request
 from llmevo.proposers import Direction, Proposer, make
 from llmevo.proposers.hybrid import Hybrid
 
 Build = Callable[[Space, Direction], Proposer]
 
 
+class Reader:
+    """A chat client that answers from the request alone: from its seed, and the genomes that its text shows.
+
+    Most answers fulfil the schema and copy half of their values from the best genome shown; some are cut off,
+    are prose, or stand in a fence.
+    """
+
+    def complete(self, request: Request) -> Reply:
+        shown = re.findall(r'"genome":(\{[^{}]*\})', "\n".join(m["content"] for m in request.messages))
+        genomes = [genome for genome in shown if "..." not in genome]
+        seed = hashlib.sha256(f"{request.seed} {genomes}".encode()).digest()
+        rng = np.random.default_rng(list(seed))
+        best = json.loads(genomes[-1]) if genomes else {}
+        text = json.dumps(self._instance(request.schema, best, rng))
+        kind = rng.integers(8)
+        if kind == 0:
+            return Reply(text[: len(text) // 2], finish_reason="length", model="reader")
+        if kind == 1:
+            return Reply("I would try a larger weight.", model="reader")
+        return Reply(f"```json\n{text}\n```" if kind == 2 else text, model="reader")
+
+    def _instance(self, schema: Any, known: Any, rng: np.random.Generator) -> Any:
+        if known is not None and not isinstance(known, dict) and rng.random() < 0.5:
+            return known
+        kind = schema["type"] if isinstance(schema["type"], str) else schema["type"][0]
+        if "enum" in schema:
+            return schema["enum"][int(rng.integers(len(schema["enum"])))]
+        if kind == "object":
+            known = known if isinstance(known, dict) else {}
+            return {
+                key: self._instance(
+                    value, known if value["type"] in ("object", "array") else known.get(key), rng
+                )
+                for key, value in schema["properties"].items()
+            }
+        if kind == "array":
+            return [self._instance(schema["items"], known, rng) for _ in range(schema["minItems"])]
+        if kind == "integer":
+            return int(rng.integers(schema["minimum"], schema["maximum"] + 1))
+        if kind == "number":
+            return float(rng.uniform(schema["minimum"], schema["maximum"]))
+        return "a reason"
+
+
 def _named(name: str, **options: object) -> Build:
     return lambda space, direction: make(name, space, direction, **options)
+
+
+def _llm(space: Space, direction: Direction) -> Proposer:
+    return make("llm", space, direction, client=Reader())
+
+
+def _hybrid_llm(space: Space, direction: Direction) -> Proposer:
+    return Hybrid(space, direction, base="cma", share=0.5, warmup=3, client=Reader())
 
 
 def _hybrid(space: Space, direction: Direction) -> Proposer:
@@ -35,6 +91,8 @@ PROPOSERS: dict[str, Build] = {
     "cma": _named("cma"),
     "cma-small": _named("cma", population=3),
     "hybrid-ga": _hybrid,
+    "llm": _llm,
+    "hybrid": _hybrid_llm,
 }
 
 SPACES: dict[str, Space] = {
