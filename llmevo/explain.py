@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 # Tags of the discriminated unions in genome.py; pydantic puts them into an error's location.
-TAGS = frozenset({"<float>", "<int>", "<choice>", "<models>", "<fixed>", "<one>", "<many>"})
+TAGS = frozenset(
+    {"<float>", "<int>", "<choice>", "<models>", "<fixed>", "<one>", "<many>", "<path>", "<recipe>"}
+)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from llmevo.space import Categorical, Float, Gene, Int, Value
 
@@ -13,6 +13,16 @@ class Spec(BaseModel):
     """A part of the genome file: frozen, unknown keys refused, no NaN and no infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _scalar(value: Any) -> Any:
+    """Refuse lists and mappings once, instead of once for each kind of scalar."""
+    if isinstance(value, (list, dict)):
+        raise ValueError(
+            "must be a value, or a gene like {float: [0, 1]}, {int: [1, 8]} or {choice: [a, b]}, but got "
+            f"{str(value)[:80]}"
+        )
+    return value
 
 
 class FloatGene(Spec):
@@ -65,7 +75,9 @@ class IntGene(Spec):
 class ChoiceGene(Spec):
     """`{choice: [a, b, c], ordered: false, init: null, grouped: null}`; see FloatGene."""
 
-    choices: Annotated[list[Value], Field(min_length=1)] = Field(alias="choice")
+    choices: Annotated[list[Annotated[Value, BeforeValidator(_scalar)]], Field(min_length=1)] = Field(
+        alias="choice"
+    )
     ordered: bool = False
     init: Value = None
     grouped: bool | None = None
@@ -81,7 +93,7 @@ class ChoiceGene(Spec):
 
 
 GeneSpec: TypeAlias = FloatGene | IntGene | ChoiceGene
-Fixed: TypeAlias = bool | int | float | str
+Fixed: TypeAlias = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 
 
 def _kind(value: Any) -> str:
@@ -106,6 +118,10 @@ ModelSetting: TypeAlias = Annotated[
     | Annotated[dict[str, Setting], Tag("<models>")]
     | Annotated[Fixed, Tag("<fixed>")],
     Discriminator(_kind),
+]
+Warm: TypeAlias = Annotated[
+    Annotated[str, Tag("<path>")] | Annotated[dict[str, Any], Tag("<recipe>")],
+    Discriminator(lambda value: "<recipe>" if isinstance(value, dict) else "<path>"),
 ]
 Methods: TypeAlias = Annotated[
     Annotated[str, Tag("<one>")] | Annotated[list[str], Field(min_length=1), Tag("<many>")],

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from llmevo import yamltext
 from llmevo.errors import GenomeError
 from llmevo.explain import explain
-from llmevo.genespec import Methods, ModelSetting, Spec
+from llmevo.genespec import Methods, ModelSetting, Spec, Warm
 
 
 class MergeSpec(Spec):
@@ -252,7 +252,7 @@ class Genome(Spec):
     llm: LLMSpec = LLMSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     run: RunSpec = RunSpec()
-    warm_start: list[str | dict[str, Any]] = Field(default_factory=list)
+    warm_start: list[Warm] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _tasks_once(self) -> Genome:
@@ -308,7 +308,7 @@ def parse(
     if not isinstance(data, dict):
         raise GenomeError(
             f"{source}: a genome must be a mapping with the keys `genome` and `tasks`, but got "
-            f"{type(data).__name__}; see the files in genomes/."
+            f"{type(data).__name__}; see genomes/."
         )
     try:
         genome = Genome.model_validate(data)
@@ -346,10 +346,8 @@ def _recipe(entry: str | dict[str, Any], name: str, folder: Path) -> dict[str, A
     else:
         recipe = entry
     if not isinstance(recipe, dict) or "merge_method" not in recipe:
-        raise GenomeError(
-            f"{name} must be a mergekit configuration, a mapping with `merge_method`, but got "
-            f"{str(recipe)[:80]!r}."
-        )
+        got = str(recipe)[:80]
+        raise GenomeError(f"{name} must be a mergekit configuration, with `merge_method`, but got {got!r}.")
     return recipe
 
 
