@@ -23,16 +23,10 @@ from typing import Any, final
 
 from llmevo.errors import GenomeError
 from llmevo.genome import Genome
-from llmevo.pipeline import Job, Outcome, Pipeline
+from llmevo.pipeline import Job, MergePipeline, Outcome, Pipeline
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and CUDA's state
 _GRACE = 5.0  # seconds for an idle worker to leave before it is killed
-
-
-def _merge_pipeline(genome: Genome) -> Pipeline:
-    from llmevo.pipeline import MergePipeline  # torch and lm-eval are for the worker only
-
-    return MergePipeline(genome)
 
 
 @final
@@ -57,7 +51,7 @@ class LocalExecutor:
         timeout: float | None = None,
         *,
         log: Path | None = None,
-        make: Callable[[Genome], Pipeline] = _merge_pipeline,
+        make: Callable[[Genome], Pipeline] = MergePipeline,
     ) -> None:
         if workers < 1:
             raise GenomeError(f"`workers >= 1` must hold, but got {workers}.")
