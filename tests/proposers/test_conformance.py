@@ -250,6 +250,24 @@ def test_maximizing_mirrors_minimizing(name: str, kind: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "own", "guest"),
+    [
+        ("llm", {"start", "llm", "llm+noise", "fallback:no_json"}, set()),
+        ("hybrid", {"cma"}, {"llm", "llm+noise"}),
+        ("hybrid-ga", {"cma"}, {"ga"}),
+    ],
+)
+def test_every_origin_is_labelled(name: str, own: set[str], guest: set[str]) -> None:
+    opt = build(name, "mixed")
+    for number in range(60):
+        step(opt, number)
+    guests = {trial.origin for trial in opt.trials if trial.attrs.get("guest")}
+    assert guest <= guests
+    assert not guests & own
+    assert own <= {trial.origin for trial in opt.trials}
+
+
 @proposers
 def test_all_trials_failing_is_survived_and_reported(name: str) -> None:
     opt = build(name, "mixed")
