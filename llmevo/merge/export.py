@@ -103,7 +103,7 @@ def _merge(
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     # The card is ours: mergekit's asks the hub whether each of the models is there.
     options = MergeOptions(quiet=True, device=device, write_model_card=False)
-    with weights.loaders({}), torch.random.fork_rng(devices=devices):
+    with weights.loaders({}), weights.quiet_peft(), torch.random.fork_rng(devices=devices):
         table = {name: _reference(where, adapted) for name, where in located.items()}
         try:
             config = MergeConfiguration.model_validate(substitute(copy.deepcopy(recipe), table))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,15 +64,15 @@ def load(located: Located, *, dtype: torch.dtype, device: torch.device) -> tuple
     return Weights(tensors), lossless
 
 
-def share(weights: Weights, others: Iterable[Weights]) -> None:
+def share(model: Weights, others: Iterable[Weights]) -> None:
     """Let a model share the tensors in which it equals another, such as those an adapter leaves alone."""
     import torch
 
     for other in others:
         for key, theirs in other.tensors.items():
-            mine = weights.tensors.get(key)
+            mine = model.tensors.get(key)
             if mine is not None and mine is not theirs and torch.equal(mine, theirs):
-                weights.tensors[key] = theirs
+                model.tensors[key] = theirs
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -99,6 +100,14 @@ def loaders(table: Mapping[Any, Weights]) -> Iterator[None]:
         LoaderCache.loaders = before
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keep a warning from the user that is meant for peft: 0.21 reads what transformers 5.23 deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def _plain(folder: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     from safetensors import safe_open
 
@@ -116,7 +125,7 @@ def _adapted(located: Located) -> Iterator[tuple[str, torch.Tensor]]:
 
     architecture = headers.config(located)["architectures"][0]
     # peft draws random factors before it loads the trained ones: the caller's random state must not move.
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with quiet_peft(), torch.random.fork_rng(devices=[]), torch.no_grad():
         base = get_auto_cls(architecture).from_pretrained(
             str(located.folder), dtype="auto", use_safetensors=True, trust_remote_code=False
         )
