@@ -6,14 +6,14 @@ were not seen; the table gives each finalist's paired difference to the best par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from llmevo.errors import StatsError
-from llmevo.genome import Genome
-from llmevo.observer import Row
+from llmevo.observer import Row, RunSummary
 from llmevo.proposers import Direction
 from llmevo.stats import Interval, paired_difference
-from llmevo.store import HoldoutRow
+from llmevo.store import HoldoutRow, Store
 from llmevo.trial import Score, Trial
 
 EVOLVED = "evolved"
@@ -52,27 +52,73 @@ def plan(
     return chosen
 
 
-def table(genome: Genome, planned: Sequence[tuple[str, Trial]], holdout: Sequence[HoldoutRow]) -> list[Row]:
+def summarise(store: Store, ending: tuple[int, str] | None = None, elapsed: float = 0.0) -> RunSummary:
+    """A run as its store has it, at any time of its life; also while another process drives it.
+
+    Args:
+        store: Opened, readonly or not.
+        ending: Exit code and reason; None for what the last sitting left, if it came to its end.
+        elapsed: Wall time of this sitting, in seconds.
+    """
+    trials = tuple(store.trials())
+    if ending is None:
+        last = next((e for e in reversed(store.events) if e["kind"] in ("started", "ended")), None)
+        over = last is not None and last["kind"] == "ended"
+        ending = (last["exit_code"], last["reason"]) if last and over else (3, "it is running, or was killed")
+    exit_code, reason = ending
+    search = store.genome.search
+    references = trials[: store.meta("references", 0)]
+    planned = plan(
+        trials,
+        references=len(references),
+        direction=search.direction,
+        finalists=store.genome.evaluate.finalists,
+    )
+    best = ranked(trials, search.direction)
+    seconds: Counter[str] = Counter()
+    for trial in trials:
+        seconds.update({phase: value for phase, value in trial.cost.items() if isinstance(value, float)})
+    weights = store.meta("pipeline", {}).get("weights", {})
+    return RunSummary(
+        run_dir=store.run_dir,
+        exit_code=exit_code,
+        reason=reason,
+        resumable=exit_code != 0,
+        best=best[0] if best else None,
+        evolved=next((trial for label, trial in planned if label == EVOLVED), None),
+        trials=trials,
+        references=references,
+        table=tuple(table(weights, planned, store.holdout())) if exit_code == 0 else (),
+        origins=dict(Counter(trial.origin for trial in trials)),
+        seconds=dict(seconds),
+        elapsed=elapsed,
+    )
+
+
+def table(
+    weights: Mapping[str, float], planned: Sequence[tuple[str, Trial]], holdout: Sequence[HoldoutRow]
+) -> list[Row]:
     """The planned trials that were scored, each with its difference to the best parent.
 
     Args:
-        genome: For the tasks' weights.
+        weights: Of the terms of the score, by their key in `Score.items`.
         planned: From `plan`.
         holdout: From `Store.holdout`.
     """
     scored = {row.number: row for row in holdout}
     rivals = sum(label.startswith(EVOLVED) for label, _ in planned)
-    weights = {task.name: task.weight for task in genome.tasks}
-    parent = next(
-        (scored[t.number].score for label, t in planned if _is_parent(label) and t.number in scored), None
-    )
+    parents = [
+        scored[trial.number].score for label, trial in planned if _is_parent(label) and trial.number in scored
+    ]
     rows = []
     for label, trial in planned:
         row = scored.get(trial.number)
         if row is None:
             continue
         level = 1 - _ERROR_RATE / (rivals if label.startswith(EVOLVED) else 1)
-        interval = None if _is_parent(label) else _difference(row.score, parent, weights, level)
+        interval = None
+        if parents and not _is_parent(label):
+            interval = _difference(row.score, parents[0], weights, level)
         rows.append(Row(label, trial, row.score, interval, row.error))
     return rows
 
@@ -82,11 +128,11 @@ def _is_parent(label: str) -> bool:
 
 
 def _difference(
-    score: Score | None, parent: Score | None, weights: dict[str, float], level: float
+    score: Score | None, parent: Score | None, weights: Mapping[str, float], level: float
 ) -> Interval | None:
     if score is None or parent is None:
         return None
     try:
         return paired_difference(score.items, parent.items, weights=weights, level=level)
-    except StatsError:  # a metric without per-item scores has no pairs
+    except StatsError:  # a score without items has no pairs
         return None

@@ -44,8 +44,9 @@ class Row:
         label: `evolved`, `evolved:2`, ..., `parent:NAME`, `uniform`, `baseline` or `warm_start:I`.
         trial: The trial, with its score on the search items.
         score: On the held-out items; None if that evaluation failed.
-        interval: Of the paired difference to the best parent, with that parent's row as zero; None for that
-            row itself, without a parent, and where a score is missing.
+        interval: Of the paired difference to the best parent, positive where this row is better whatever the
+            direction; its `level` is above 0.95 where several finalists share the risk. None for the
+            parent's own row, without a parent, and where a score is missing.
         error: Why the held-out evaluation failed.
     """
 
@@ -70,7 +71,7 @@ class RunSummary:
         evolved: The best complete trial that a proposer made.
         trials: Every trial, by number.
         references: The first trials, which no proposer made.
-        table: Scores on the held-out items; empty until the search is finished.
+        table: Scores on the held-out items; empty until the run is finished.
         origins: Number of trials by origin.
         seconds: Wall time summed over all trials by phase: `propose`, `merge`, `evaluate`, `store`, ...
         elapsed: Wall time of this sitting.

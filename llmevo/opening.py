@@ -20,6 +20,7 @@ from llmevo.store import DATABASE, Store
 from llmevo.strength import OneFifth, Strength, TwoLevel
 
 _PACKAGES = ("llmevo", "numpy", "cmaes", "torch", "transformers", "peft", "mergekit", "lm_eval")
+_SCORED = ("items", "fingerprint", "weights", "signs")  # of Pipeline.describe: what a score is made of
 
 
 def open_store(path: Path, genome: Genome, genome_text: str, fresh: bool) -> tuple[Store, Path | None]:
@@ -152,9 +153,14 @@ def check_facts(store: Store, facts: dict[str, Any]) -> None:
     known = store.meta("pipeline")
     if known is None:
         store.set_meta("pipeline", facts)
-    elif known.get("items") != facts.get("items"):
+        return
+    different = [
+        f"{key}: {known.get(key)} -> {facts.get(key)}" for key in _SCORED if known.get(key) != facts.get(key)
+    ]
+    if different:
+        lines = "\n".join(f"  {line}" for line in different)
         raise StoreError(
-            f"`{store.run_dir}` was scored on other items than the tasks give now "
-            f"({known.get('items')} before, {facts.get('items')} now); restore the tasks' data, choose "
-            "another --run-dir, or move the earlier run aside with --fresh."
+            f"the tasks give other items or weights now than those that `{store.run_dir}` was scored on:\n"
+            f"{lines}\nRestore the tasks' data, choose another --run-dir, or move the earlier run aside with "
+            "--fresh."
         )

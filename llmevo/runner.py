@@ -8,7 +8,7 @@ an uninterrupted one, and so does a run with another number of workers.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
@@ -21,6 +21,7 @@ from llmevo import finals, opening
 from llmevo.errors import ProposerError
 from llmevo.executors import Executor
 from llmevo.executors.local import LocalExecutor
+from llmevo.finals import summarise as summarise
 from llmevo.genome import Genome
 from llmevo.observer import Observer as Observer
 from llmevo.observer import Row as Row
@@ -78,7 +79,7 @@ def run(
             ending = sitting.go()
         finally:
             sitting.release()
-        summary = sitting.summary(*ending, elapsed=time.perf_counter() - start)
+        summary = finals.summarise(store, ending, time.perf_counter() - start)
         store.log("ended", exit_code=summary.exit_code, reason=summary.reason, elapsed=summary.elapsed)
         observer.ended(summary)
     return summary
@@ -146,6 +147,7 @@ class _Sitting:
     def go(self) -> tuple[int, str]:
         """Search, then score the finalists; return the exit code and the reason."""
         history = self.optimizer.trials
+        self.store.set_meta("references", len(self.references))
         self.store.log("started", trials=len(history), pending=len(self._pending), **opening.environment())
         self.observer.started(
             RunInfo(
@@ -311,7 +313,13 @@ class _Sitting:
         if self.genome.evaluate.holdout == 0:
             return
         known = self.store.holdout_numbers()
-        plan = {trial.number: label for label, trial in self._plan()}
+        planned = finals.plan(
+            self.optimizer.trials,
+            references=len(self.references),
+            direction=self.genome.search.direction,
+            finalists=self.genome.evaluate.finalists,
+        )
+        plan = {trial.number: label for label, trial in planned}
         self.store.label_holdout({label: number for number, label in plan.items() if number in known})
         new = [number for number in plan if number not in known]
         if not new:
@@ -323,37 +331,6 @@ class _Sitting:
             self.store.save_holdout(plan[outcome.number], outcome.number, outcome)
 
         self._drive(jobs, arrived)
-
-    def _plan(self) -> list[tuple[str, Trial]]:
-        return finals.plan(
-            self.optimizer.trials,
-            references=len(self.references),
-            direction=self.genome.search.direction,
-            finalists=self.genome.evaluate.finalists,
-        )
-
-    def summary(self, exit_code: int, reason: str, elapsed: float) -> RunSummary:
-        """What the observer and the caller get to see at the end."""
-        trials = self.optimizer.trials
-        plan = self._plan()
-        evolved = next((trial for label, trial in plan if label == finals.EVOLVED), None)
-        seconds: Counter[str] = Counter()
-        for trial in trials:
-            seconds.update({phase: s for phase, s in trial.cost.items() if isinstance(s, float)})
-        return RunSummary(
-            run_dir=self.store.run_dir,
-            exit_code=exit_code,
-            reason=reason,
-            resumable=exit_code != 0,
-            best=self.optimizer.best,
-            evolved=evolved,
-            trials=trials,
-            references=trials[: len(self.references)],
-            table=tuple(finals.table(self.genome, plan, self.store.holdout())) if exit_code == 0 else (),
-            origins=dict(Counter(trial.origin for trial in trials)),
-            seconds=dict(seconds),
-            elapsed=elapsed,
-        )
 
     def release(self) -> None:
         """End the workers that this sitting started."""

@@ -37,7 +37,7 @@ class FunctionExecutor:
     def __init__(self, work: Work, workers: int = 1, facts: dict[str, Any] | None = None) -> None:
         self._pool = ThreadPoolExecutor(workers)
         self._workers = workers
-        self._facts = facts or {"items": {"t": 30}}
+        self._facts = facts or {"items": {"t": 30}, "weights": {"t": 1.0}}
         self._work = work
 
     @property
@@ -171,7 +171,8 @@ def test_a_run_from_its_start_to_its_end(text: str, tmp_path: Path) -> None:
     assert summary.seconds["store"] > 0
     with Store.open(tmp_path / "run", readonly=True) as store:
         assert tuple(store.trials()) == summary.trials
-        assert store.meta("pipeline") == {"items": {"t": 30}}
+        assert replace(runner.summarise(store), elapsed=summary.elapsed) == summary
+        assert store.meta("pipeline") == {"items": {"t": 30}, "weights": {"t": 1.0}}
         assert [event["kind"] for event in store.events] == ["started", "ended"]
     assert (tmp_path / "run" / "genome.yaml").read_text() == text
 
