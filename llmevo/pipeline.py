@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
+from llmevo.errors import GenomeError, StageError
 from llmevo.space import Params
 from llmevo.trial import Score
+from llmevo.trial import Split as Split
 
-Split: TypeAlias = Literal["search", "holdout"]
+if TYPE_CHECKING:
+    from llmevo.genome import Genome
+
+_LONGEST_ERROR = 500
 
 
 @final
@@ -66,3 +76,100 @@ class Pipeline(Protocol):
     def describe(self) -> dict[str, Any]:
         """Facts about what was loaded, for the run's record: items by task and split, device, dtype."""
         ...
+
+
+@final
+class MergePipeline:
+    """Merges a recipe into one resident model and evaluates it there.
+
+    Parents, tasks and prompts are loaded when the pipeline is made; a job costs one merge and the forward
+    passes. A job that fails, in whatever way, leaves the pipeline ready for the next one: each merge writes
+    every weight anew.
+
+    Args:
+        genome: The genome.
+
+    Raises:
+        GenomeError: The parents do not fit together, a gene, a task or a device is wrong.
+    """
+
+    def __init__(self, genome: Genome) -> None:
+        from llmevo import evaluate, merge, recipe
+
+        started = time.monotonic()
+        self._recipes = recipe.Recipes(genome, recipe.num_layers(genome))
+        device = evaluate.device(genome.evaluate)
+        dtype = evaluate.dtype(genome.evaluate, device)
+        self._merger = merge.Merger(genome.genome, device=device, dtype=dtype)
+        if self._merger.tokenizer is None:
+            raise GenomeError(
+                "`genome.models` must have a tokenizer beside the base model's weights, but has none."
+            )
+        loaded = time.monotonic()
+        self._evaluator = evaluate.Evaluator(
+            genome, self._merger.model, self._merger.tokenizer, device=device
+        )
+        self._facts: dict[str, Any] = {
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "parents": self._merger.facts,
+            "parent_bytes": self._merger.bytes_held,
+            "seconds": {"models": loaded - started, "tasks": time.monotonic() - loaded},
+        }
+
+    def run(self, job: Job) -> Outcome:
+        """Merge and evaluate; a failure is an Outcome with `error`, never an exception.
+
+        Only what ends the process (KeyboardInterrupt, SystemExit) passes through.
+        """
+        seconds: dict[str, float] = {}
+        sizes: dict[str, int] = {}
+        stage = "merge"
+        try:
+            with _timed(seconds, stage):
+                merged = self._recipes.recipe(job.params) if job.recipe is None else job.recipe
+                sizes[stage] = self._merger.merge(merged, job.seed)
+            stage = "evaluate"
+            with _timed(seconds, stage):
+                score, metrics = self._evaluator.evaluate(job.split)
+        except Exception as error:  # a trial's failure is data, whatever it is
+            failed, reason = _reason(error, stage)
+            outcome = Outcome(job.number, seconds=seconds, bytes=sizes, error=reason, stage=failed)
+        else:
+            return Outcome(job.number, score, metrics, seconds, sizes)
+        _free_memory()
+        return outcome
+
+    def describe(self) -> dict[str, Any]:
+        """`device`, `dtype`, `parents`, `parent_bytes`, `seconds` to load, and `Evaluator.describe()`."""
+        return {**self._facts, **self._evaluator.describe()}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Write the block's wall time into `seconds[stage]`, also where it fails."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[stage] = time.monotonic() - started
+
+
+def _reason(error: Exception, stage: str) -> tuple[str, str]:
+    """The stage that failed, and one line saying why."""
+    if isinstance(error, StageError):
+        return error.stage, " ".join(str(error).split())[:_LONGEST_ERROR]
+    # torch's own is a RuntimeError of this name, and imported only where torch is.
+    kind = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":
+        kind = "out of memory"
+    text = " ".join(str(error).split())
+    return stage, f"{stage}: {kind}{': ' if text else ''}{text}"[:_LONGEST_ERROR]
+
+
+def _free_memory() -> None:
+    """Give back what a failed stage left behind, so that the next job does not run out of memory too."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,201 @@
+"""The pipeline on real merges of tiny Llamas and real lm-eval tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lm_eval")
+
+from llmevo.errors import GenomeError  # noqa: E402
+from llmevo.genome import Genome  # noqa: E402
+from llmevo.pipeline import Job, MergePipeline  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One four-choice task, `letters`."""
+    folder = tmp_path_factory.mktemp("letters")
+    for split, numbers in (("test", range(30)), ("train", range(30, 34))):
+        rows = [
+            {"q": f"{n} plus 1 is", "choices": [str(n + k) for k in range(4)], "gold": 1} for n in numbers
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "letters",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("test", "train")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "letters.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def genome(tiny_llamas: Any, task_folder: Path) -> Genome:
+    first, second, _ = tiny_llamas.parents
+    return Genome.model_validate(
+        {
+            "genome": {
+                "models": [str(first), str(second)],
+                "base_model": str(tiny_llamas.base),
+                "merge_method": "task_arithmetic",
+            },
+            "tasks": [{"name": "letters", "metric": "gold_logprob,none"}],
+            "evaluate": {
+                "task_path": [str(task_folder)],
+                "dtype": "float32",
+                "device": "cpu",
+                "holdout": 0.2,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def pipeline(genome: Genome) -> MergePipeline:
+    torch.set_num_threads(1)
+    return MergePipeline(genome)
+
+
+def parent(path: str) -> dict[str, Any]:
+    return {"merge_method": "passthrough", "models": [{"model": path}], "dtype": "bfloat16"}
+
+
+def start(genome: Genome) -> dict[str, Any]:
+    from llmevo import recipe
+
+    space = recipe.Recipes(genome, 4).space
+    return space.from_unit([0.7] * len(space))
+
+
+def test_a_job_becomes_a_score_with_its_costs(pipeline: MergePipeline, genome: Genome) -> None:
+    outcome = pipeline.run(Job(3, start(genome), seed=0))
+    assert outcome.error is None
+    assert outcome.score is not None
+    assert outcome.number == 3
+    assert len(outcome.score.items["letters"]) == 24
+    assert outcome.score.value == outcome.metrics["letters"]["gold_logprob,none"]
+    assert set(outcome.seconds) == {"merge", "evaluate"}
+    assert all(0 < value < 60 for value in outcome.seconds.values())
+    assert outcome.bytes["merge"] > 100_000
+    held = pipeline.run(Job(3, start(genome), seed=0, split="holdout"))
+    assert held.score is not None
+    assert len(held.score.items["letters"]) == 6
+
+
+def test_a_parents_recipe_scores_as_the_parent_does(pipeline: MergePipeline, genome: Genome) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmevo.evaluate import Evaluator
+
+    path = genome.genome.models[1]
+    outcome = pipeline.run(Job(0, {}, seed=0, recipe=parent(path)))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    alone = Evaluator(genome, model, AutoTokenizer.from_pretrained(path), device="cpu")
+    assert outcome.score == alone.evaluate("search")[0]
+    base = pipeline.run(Job(1, {}, seed=0, recipe=parent(str(genome.genome.base_model))))
+    assert base.score != outcome.score
+
+
+@pytest.mark.parametrize(
+    ("job", "error"),
+    [
+        (Job(1, {"nonsense": 1.0}, seed=0), r"^merge: SpaceError: `nonsense` is not a gene"),
+        (Job(1, {}, seed=0, recipe={"merge_method": "no_such", "models": []}), r"^merge: "),
+        (Job(1, {}, seed=0, recipe=parent("elsewhere/model")), r"^merge: .*elsewhere/model"),
+    ],
+)
+def test_a_failed_merge_is_data_and_the_next_job_runs(
+    pipeline: MergePipeline, genome: Genome, job: Job, error: str
+) -> None:
+    before = pipeline.run(Job(0, start(genome), seed=0))
+    outcome = pipeline.run(job)
+    assert (outcome.score, outcome.stage) == (None, "merge")
+    assert outcome.error is not None
+    assert "\n" not in outcome.error
+    assert re.search(error, outcome.error)
+    assert pipeline.run(Job(2, start(genome), seed=0)).score == before.score
+
+
+def test_weights_that_overflow_fail_in_evaluation(pipeline: MergePipeline, genome: Genome) -> None:
+    params = start(genome)
+    before = pipeline.run(Job(0, params, seed=0))
+    scaled = {
+        "merge_method": "linear",
+        "models": [{"model": genome.genome.models[0], "parameters": {"weight": 1e15}}],
+        "parameters": {"normalize": False},
+        "dtype": "bfloat16",
+    }
+    outcome = pipeline.run(Job(1, {}, seed=0, recipe=scaled))
+    assert outcome.score is None
+    assert (outcome.stage, outcome.error) == ("evaluate", "evaluate: the model's logits are not finite.")
+    assert set(outcome.seconds) == {"merge", "evaluate"}
+    assert pipeline.run(Job(2, params, seed=0)).score == before.score
+
+
+@pytest.mark.parametrize(
+    ("raised", "error"),
+    [
+        (MemoryError(), "evaluate: out of memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+            "evaluate: out of memory: CUDA out",
+        ),
+        (ZeroDivisionError("division\nby zero"), "evaluate: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_whatever_the_model_raises_is_one_line(
+    pipeline: MergePipeline, genome: Genome, raised: Exception, error: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise raised
+
+    hook = pipeline._merger.model.register_forward_pre_hook(fail)
+    try:
+        outcome = pipeline.run(Job(5, start(genome), seed=0))
+    finally:
+        hook.remove()
+    assert outcome.error is not None
+    assert outcome.error.startswith(error)
+    assert "\n" not in outcome.error
+    assert pipeline.run(Job(6, start(genome), seed=0)).error is None
+
+
+def test_ctrl_c_is_not_a_trials_failure(pipeline: MergePipeline, genome: Genome) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = pipeline._merger.model.register_forward_pre_hook(stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(Job(5, start(genome), seed=0))
+    finally:
+        hook.remove()
+
+
+def test_describe_is_json(pipeline: MergePipeline) -> None:
+    facts = pipeline.describe()
+    assert json.loads(json.dumps(facts)) == facts
+    assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
+    assert facts["items"] == {"letters": {"search": 24, "holdout": 6}}
+    assert math.isfinite(facts["seconds"]["models"])
+
+
+def test_a_device_that_is_not_there_is_a_genome_error(genome: Genome) -> None:
+    for name, message in (("cuda:9", "this machine has"), ("tpu?", "must be auto, cpu, cuda")):
+        spec = genome.evaluate.model_copy(update={"device": name})
+        with pytest.raises(GenomeError, match=message):
+            MergePipeline(genome.model_copy(update={"evaluate": spec}))
