@@ -33,6 +33,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+run: setup
+	$(BIN)/python examples/quickstart.py
+
 test: setup
 	$(BIN)/python -m pytest
 
