@@ -228,7 +228,7 @@ class Genome(Spec):
         tasks: The fitness: the sum of weight times metric.
         limit: At most this many items of each task, for search and holdout together.
         num_fewshot: Examples in each prompt; None for the task's own number.
-        shuffle: Whether the items are drawn from the whole task, not from its beginning.
+        shuffle: Read for mergekit-evolve's sake: the items are always shuffled, once, with the run's seed.
         random_init: Start at a point drawn with `search.seed` instead of at the genes' `init`.
         apply_chat_template: None for yes where the tokenizer has one (mergekit-evolve: always yes).
         fewshot_as_multiturn: None to follow `apply_chat_template`.
