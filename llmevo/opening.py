@@ -38,7 +38,9 @@ def open_store(path: Path, genome: Genome, genome_text: str, fresh: bool) -> tup
     store = Store.open(path)
     try:
         different = resumable_difference(store.genome, genome)
-        if different:
+        if different and not store.trials():  # it failed before its first trial: nothing to mix up
+            store.set_meta("pipeline", None)
+        elif different:
             lines = "\n".join(f"  {line}" for line in different)
             raise StoreError(
                 f"`{path}` has a run of another genome:\n{lines}\n"

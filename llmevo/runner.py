@@ -74,11 +74,13 @@ def run(
     with store, Stop(observer.note) as stop:
         if moved is not None:
             observer.note(f"the earlier run was moved to {moved}")
-        sitting = _Sitting(genome, store, observer, executor, stop, limit)
+        workers = _Workers(genome, store, executor)
         try:
-            ending = sitting.go()
+            if len(store.trials()) < genome.search.trials:
+                workers.start()  # their models load while this process reads the genome
+            ending = _Sitting(genome, store, observer, workers, stop, limit).go()
         finally:
-            sitting.release()
+            workers.release()
         summary = finals.summarise(store, ending, time.perf_counter() - start)
         store.log("ended", exit_code=summary.exit_code, reason=summary.reason, elapsed=summary.elapsed)
         observer.ended(summary)
@@ -104,6 +106,47 @@ class _Halt(Exception):
 
 
 @final
+class _Workers:
+    """The executor: the one given, or local processes that are started when there is something to do."""
+
+    def __init__(self, genome: Genome, store: Store, given: Executor | None) -> None:
+        self._genome = genome
+        self._store = store
+        self._executor = given
+        self._owned = given is None
+        self._checked = False
+
+    def start(self) -> Executor:
+        """The executor, perhaps still loading."""
+        if self._executor is None:
+            spec = self._genome.run
+            log = self._store.run_dir / "workers.log"
+            self._executor = LocalExecutor(self._genome, spec.workers, spec.timeout, log=log)
+        return self._executor
+
+    def ready(self, stop: Stop) -> Executor:
+        """The executor with its first pipeline loaded, and the items that the run was scored on.
+
+        Raises:
+            GenomeError: The models or tasks cannot be loaded.
+            StoreError: The items are others.
+            Interrupted: A signal came.
+        """
+        executor = self.start()
+        if not self._checked:
+            with stop.interruptible():
+                facts = executor.describe()
+            opening.check_facts(self._store, facts)
+            self._checked = True
+        return executor
+
+    def release(self) -> None:
+        """End the processes that were started here."""
+        if self._owned and self._executor is not None:
+            self._executor.shutdown(cancel=True)
+
+
+@final
 class _Sitting:
     """One process's share of a run."""
 
@@ -112,7 +155,7 @@ class _Sitting:
         genome: Genome,
         store: Store,
         observer: Observer,
-        executor: Executor | None,
+        workers: _Workers,
         stop: Stop,
         limit: int | None,
     ) -> None:
@@ -120,9 +163,7 @@ class _Sitting:
         self.store = store
         self.observer = observer
         self.stop = stop
-        self._executor = executor
-        self._owned = executor is None
-        self._ready = False
+        self._workers = workers
         self._left = limit
         self._failed_in_a_row = 0
         self.recipes = Recipes(genome, num_layers(genome))
@@ -266,27 +307,13 @@ class _Sitting:
         text = yaml.safe_dump(self.recipe(best), sort_keys=False, allow_unicode=True)
         write_atomic(self.store.run_dir / "best" / "recipe.yaml", text)
 
-    def _workers(self) -> Executor:
-        """The executor, its first pipeline loaded."""
-        if self._executor is None:
-            spec = self.genome.run
-            self._executor = LocalExecutor(
-                self.genome, spec.workers, spec.timeout, log=self.store.run_dir / "workers.log"
-            )
-        if not self._ready:
-            with self.stop.interruptible():
-                facts = self._executor.describe()
-            opening.check_facts(self.store, facts)
-            self._ready = True
-        return self._executor
-
     def _drive(self, jobs: Iterable[Job], arrived: Callable[[Outcome], None]) -> None:
         """Run jobs, one a worker at a time, so that a signal leaves the rest unbegun.
 
         Raises:
             _Halt: A signal or the limit came before the last job.
         """
-        executor = self._workers()
+        executor = self._workers.ready(self.stop)
         waiting, flying = deque(jobs), dict[Future[Outcome], int]()
         while waiting or flying:
             while waiting and len(flying) < executor.workers and self.stop.signal is None and self._left != 0:
@@ -331,8 +358,3 @@ class _Sitting:
             self.store.save_holdout(plan[outcome.number], outcome.number, outcome)
 
         self._drive(jobs, arrived)
-
-    def release(self) -> None:
-        """End the workers that this sitting started."""
-        if self._owned and self._executor is not None:
-            self._executor.shutdown(cancel=True)

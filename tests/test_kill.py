@@ -169,7 +169,7 @@ def test_kill_minus_nine_at_twenty_moments(
 
     for number in range(_KILLS):
         driver = Driver(genome_file, run_dir)
-        if number % 4 == 0:  # anywhere in the start-up, the creation of the store included
+        if number % 3 == 0:  # anywhere in the start-up, the creation of the store included
             time.sleep(draw.uniform(0, 6))
             starting += 1
         else:  # anywhere in a trial

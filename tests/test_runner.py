@@ -277,6 +277,12 @@ def test_another_genome_is_refused_with_the_difference(text: str, tmp_path: Path
         assert sum(trial.state is State.COMPLETE for trial in store.trials()) == 2
 
 
+def test_a_run_without_a_trial_takes_a_mended_genome(text: str, tmp_path: Path) -> None:
+    with pytest.raises(GenomeError):
+        run(text, tmp_path / "run", "genome.merge_method=ties_ties")
+    assert run(text, tmp_path / "run").exit_code == 0
+
+
 def test_other_items_are_refused(text: str, tmp_path: Path) -> None:
     run(text, tmp_path / "run", limit=2)
     with pytest.raises(StoreError, match="other items"):
@@ -381,8 +387,10 @@ def test_a_second_signal_stops_at_once(text: str, tmp_path: Path) -> None:
     def stuck(job: Job) -> Outcome:
         if job.number == 5:
             for _ in range(2):
+                told = len(observer.notes) + 1
                 os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.1)
+                while len(observer.notes) < told and not release.wait(0.01):
+                    pass  # two signals before the first was handled would count as one
             release.wait(30)
         return scored(job)
 
