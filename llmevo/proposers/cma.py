@@ -7,7 +7,6 @@ generations gives the same distribution bit for bit, also after a round trip thr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -23,7 +22,7 @@ from llmevo.trial import Proposal, State, Trial
 
 _FULL_COVARIANCE = 100  # genes; above, the diagonal alone is adapted
 _GRID = 256  # values; a finer integer is searched as a continuum and rounded
-_GROWTH = math.e  # of the step in one generation, at most; pycma's limit: a far guest would blow it up
+_WIDEST = 0.5  # of the cube's side: a guest far outside a narrow distribution can blow it up
 _COLLAPSED = 1e-14  # a step below this changes no coordinate
 
 
@@ -87,8 +86,8 @@ class CMA:
     A generation waits for all its trials: `propose` returns fewer points, or none, at its end. Only ranks
     are told. A failed trial ranks behind all others, and a generation in which every trial failed says
     nothing and is skipped. Trials with `attrs["guest"]` (see `Hybrid`) count into the generation in which
-    they stand; other foreign trials are not used. A distribution that has shrunk to a point, or that
-    rounding errors have broken, starts anew at the best point of its last generation.
+    they stand; other foreign trials are not used. A distribution that has shrunk to a point, has
+    grown beyond the cube, or was broken by rounding starts anew at the best point of its last generation.
 
     Args:
         space: What may vary.
@@ -218,7 +217,6 @@ class CMA:
     def _update(self, told: list[tuple[Any, float]]) -> bool:
         """Tell one generation; whether a distribution that can be sampled from came out."""
         search, numeric = self._search, bool(self._axes.numeric)
-        before = search._sigma if numeric else 0.0
         try:
             with np.errstate(all="ignore"):
                 search.tell(told)
@@ -226,9 +224,11 @@ class CMA:
             return False
         sound = not self._axes.choice or bool(np.isfinite(search._q).all())
         if numeric:
-            search._sigma = min(search._sigma, before * _GROWTH)
+            variances = search._C if search._C.ndim == 1 else search._C.diagonal()
+            widest = search._sigma * float(np.sqrt(np.abs(variances).max()))
             finite = np.isfinite(search._mean).all() and np.isfinite(search._C).all()
-            sound = sound and bool(finite and search._sigma > _COLLAPSED)
+            kept = search._sigma > _COLLAPSED and widest < max(_WIDEST, 2 * self.sigma0)
+            sound = sound and bool(finite and kept)
         return sound
 
     def _solution(self, trial: Trial) -> Any:
