@@ -19,7 +19,7 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any, final
 
 from pydantic import ValidationError
 
+from llmevo import migrations
 from llmevo.errors import StoreError
 from llmevo.genome import Genome
 from llmevo.pipeline import Outcome
@@ -36,25 +37,6 @@ from llmevo.rundir import write_atomic
 from llmevo.trial import Score, State, Trial
 
 DATABASE = "run.db"
-
-
-def _m001_initial(db: sqlite3.Connection) -> None:
-    # The generated columns are for people with the sqlite3 shell; llmevo reads `body` only.
-    db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, body TEXT NOT NULL, crc INTEGER NOT NULL)")
-    db.execute(
-        "CREATE TABLE trials (number INTEGER PRIMARY KEY, body TEXT NOT NULL, crc INTEGER NOT NULL,"
-        " state TEXT AS (body ->> '$.state'), origin TEXT AS (body ->> '$.origin'),"
-        " value REAL AS (body ->> '$.score.value'), error TEXT AS (body ->> '$.error'))"
-    )
-    db.execute(
-        "CREATE TABLE holdout (number INTEGER PRIMARY KEY, label TEXT UNIQUE, body TEXT NOT NULL,"
-        " crc INTEGER NOT NULL)"
-    )
-    db.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, body TEXT NOT NULL, crc INTEGER NOT NULL)")
-
-
-# Each takes the schema one version up; SQLite's user_version counts those that have run.
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_m001_initial]
 
 
 @final
@@ -136,7 +118,7 @@ class Store:
                 raise StoreError(f"`{path}` already has a run; open it, or choose another --run-dir.")
             store = cls(path, _open_database(path / DATABASE), lock)
             with store._transaction():
-                _migrate(store._db, path)
+                migrations.migrate(store._db)
                 store._put_meta("genome", genome.model_dump(mode="json", by_alias=True))
                 store._put_meta("genome_text", genome_text)
             write_atomic(path / "genome.yaml", genome_text)  # makes the names of the others durable too
@@ -168,7 +150,7 @@ class Store:
             store._check()
             if not readonly:
                 with store._transaction():
-                    _migrate(store._db, path)
+                    migrations.migrate(store._db)
                 if not (path / "genome.yaml").is_file():  # killed at the end of `create`
                     write_atomic(path / "genome.yaml", store.genome_text)
         except BaseException:
@@ -184,10 +166,10 @@ class Store:
         if result != "ok":
             raise StoreError(f"`{self.run_dir / DATABASE}` is damaged ({result}); restore it from a copy.")
         version = int(_first(self._db, "PRAGMA user_version", self.run_dir))
-        if version > len(MIGRATIONS):
+        if version > len(migrations.MIGRATIONS):
             raise StoreError(
                 f"`{self.run_dir}` was written by a newer llmevo (schema {version}, this one knows "
-                f"{len(MIGRATIONS)}); upgrade llmevo."
+                f"{len(migrations.MIGRATIONS)}); upgrade llmevo."
             )
         if version == 0:
             raise StoreError(f"`{self.run_dir / DATABASE}` is damaged or not of llmevo (it has no schema).")
@@ -405,10 +387,3 @@ def _first(db: sqlite3.Connection, query: str, path: Path) -> Any:
         return db.execute(query).fetchone()[0]
     except (sqlite3.Error, TypeError) as error:
         raise StoreError(f"`{path}` is damaged or not a run of llmevo: {error}.") from error
-
-
-def _migrate(db: sqlite3.Connection, path: Path) -> None:
-    version = int(_first(db, "PRAGMA user_version", path))
-    for number, migration in enumerate(MIGRATIONS[version:], start=version + 1):
-        migration(db)
-        db.execute(f"PRAGMA user_version = {number}")

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmevo import store as store_module
+from llmevo import migrations
 from llmevo.errors import RunLockedError, StoreError
 from llmevo.genome import Genome
 from llmevo.pipeline import Outcome
@@ -242,10 +242,10 @@ def test_migrations_run_once_and_whole(tmp_path: Path, monkeypatch: pytest.Monke
         db.execute("CREATE TABLE more (x)")
         raise sqlite3.OperationalError("disk is full")
 
-    monkeypatch.setattr(store_module, "MIGRATIONS", [*store_module.MIGRATIONS, adds, fails])
+    monkeypatch.setattr(migrations, "MIGRATIONS", [*migrations.MIGRATIONS, adds, fails])
     with pytest.raises(StoreError, match="disk is full"):
         Store.open(tmp_path)
-    monkeypatch.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:-1])
+    monkeypatch.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:-1])
     for _ in range(2):
         with Store.open(tmp_path) as store:
             assert store.trials() == trials
@@ -346,6 +346,7 @@ with Store.open(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_during_commits(tmp_path: Path) -> None:
     with Store.create(tmp_path, TEXT, GENOME):
         pass
