@@ -113,6 +113,10 @@ class OpenAIChat:
     def __getstate__(self) -> None:
         raise TypeError("an OpenAIChat holds a key and is not pickled; make one where it is used")
 
+    def close(self) -> None:
+        """Close the connections; the client cannot be used afterwards."""
+        self._client.close()
+
     def describe(self) -> str:
         """One line: which model, where, which key variable, and why."""
         key = f"key from ${self._variable}" if self._has_key else "no key"
@@ -329,7 +333,7 @@ def _reply(body: str, model: str, mode: str, call: _Call) -> Reply:
         finish = str(choices[0].get("finish_reason") or "stop")
         if message.get("refusal"):
             finish = "refusal"
-        elif not text.strip() and finish != "length":
+        elif not text.strip() and finish not in ("length", "content_filter"):
             finish = "empty"
     name = data.get("model")
     return Reply(

@@ -119,10 +119,11 @@ class LLM:
         answer = self._ask(n - len(proposals), trials, ranked, seed)
         problem = answer.decoded.problem
         if problem is not None and _fallbacks(trials) + 1 >= _FALLBACKS_IN_A_ROW:
+            model = answer.reply.model or "the language model"
             raise LLMError(
-                f"the last {_FALLBACKS_IN_A_ROW} answers of {answer.reply.model or 'the language model'} could "
-                f"not be used, the last because {_why(problem)}; use another `llm.model`, a larger "
-                f"`llm.max_tokens` or another `search.proposer`, then resume the run."
+                f"the last {_FALLBACKS_IN_A_ROW} answers of {model} could not be used, the last because "
+                f"{_why(problem)}; use another `llm.model`, a larger `llm.max_tokens` or another "
+                f"`search.proposer`, then resume the run."
             )
         sigma = self._strength(trials, self.direction)
         made = self._points(n - len(proposals), answer.decoded, ranked, known, sigma, rng)
