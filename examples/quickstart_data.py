@@ -89,7 +89,7 @@ def states(single: Single) -> list[Fact]:
 
 
 def languages(single: Single) -> list[Fact]:
-    """To which language, of those in Latin script, a word belongs; words of several are left out."""
+    """To which language, of those in Latin script, a word belongs."""
     from babel import Locale
 
     english = Locale("en")
@@ -104,13 +104,8 @@ def languages(single: Single) -> list[Fact]:
                 meaning = meanings.get(key)
                 if meaning and not region and word.lower() != meaning.lower() and len(word) <= _LONGEST:
                     words.append((code, word, meaning))
-    count = Counter(word for _, word, _ in words)
     rivals = tuple(english.languages[code] for code in known)
-    return [
-        Fact(meaning, f'"{word}" is', english.languages[code], rivals)
-        for code, word, meaning in words
-        if count[word] == 1
-    ]
+    return [Fact(meaning, f'"{word}" is', english.languages[code], rivals) for code, word, meaning in words]
 
 
 def scripts(single: Single) -> list[Fact]:
@@ -144,9 +139,14 @@ SUBJECTS: dict[str, Callable[[Single], list[Fact]]] = {
 
 
 def split(facts: Iterable[Fact], seed: int, train: int, asked: int) -> tuple[list[Fact], list[Fact]]:
-    """At most `train` facts to train on and `asked` to ask about, with no topic in common."""
+    """At most `train` facts to train on and `asked` to ask about, with no topic in common.
+
+    A prompt with several answers (a Valencia in Spain and one in Venezuela) is left out.
+    """
     rng = random.Random(seed)
-    ordered = sorted(facts, key=lambda fact: (fact.topic, fact.prompt))
+    facts = list(facts)
+    count = Counter(fact.prompt for fact in facts)
+    ordered = sorted((f for f in facts if count[f.prompt] == 1), key=lambda f: (f.topic, f.prompt))
     topics = sorted({fact.topic for fact in ordered})
     rng.shuffle(topics)
     rng.shuffle(ordered)

@@ -1,0 +1,136 @@
+"""The examples run as their first lines say, and say something true."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch):
+    """Import an example by its name."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        cwd=ROOT,
+    )
+
+
+def single_word(word: str) -> bool:
+    return " " not in word
+
+
+def test_ask_tell_finds_the_valley(example) -> None:
+    best = example("ask_tell").main("cma")
+    assert best.params["optimizer"] in ("adamw", "sgd")
+    rate = best.params["lr"] * (0.1 if best.params["optimizer"] == "sgd" else 1.0)
+    assert 3e-5 < rate < 3e-3
+    assert best.value < 0.85
+
+
+def test_ask_tell_needs_no_torch() -> None:
+    code = "import sys, ask_tell; ask_tell.main('ga'); assert 'torch' not in sys.modules; print('lean')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=EXAMPLES)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("lean\n")
+
+
+def test_the_custom_proposer_beats_random(example) -> None:
+    found = example("custom_proposer").main()
+    assert found["one_plus_one"] < found["random"] / 3
+    assert found["cma"] < found["random"] / 3
+
+
+def test_the_custom_proposer_depends_on_history_alone(example) -> None:
+    import numpy as np
+
+    import llmevo
+
+    module = example("custom_proposer")
+    space = llmevo.Space({"x": llmevo.Float(0.0, 1.0), "y": llmevo.Float(0.0, 1.0)})
+    search = llmevo.Optimizer(
+        space, proposer=module.OnePlusOne(space, "maximize"), direction="maximize", seed=3
+    )
+    for _ in range(12):
+        (trial,) = search.ask(1)
+        if trial.number == 5:
+            search.tell(trial, error="out of memory")
+        else:
+            search.tell(trial, -abs(trial.params["x"] - 0.7))
+    again = module.OnePlusOne(space, "maximize").propose(1, search.trials, np.random.default_rng([3, 12]))
+    assert [p.params for p in again] == [t.params for t in search.ask(1)]
+
+
+@pytest.mark.parametrize("subject", ["cities", "states", "languages", "scripts"])
+def test_quickstart_facts_are_split_by_topic(example, subject: str) -> None:
+    data = example("quickstart_data")
+    facts = data.SUBJECTS[subject](single_word)
+    train, asked = data.split(facts, 0, 1200, 640)
+    assert (len(train), len(asked)) == (1200, 640)
+    assert not {fact.topic for fact in train} & {fact.topic for fact in asked}
+    assert not {fact.prompt for fact in train} & {fact.prompt for fact in asked}
+    assert data.split(facts, 0, 1200, 640) == (train, asked)
+    assert all(fact.answer in fact.rivals for fact in facts)
+
+
+def test_quickstart_tasks_have_four_choices_and_no_favourite(example, tmp_path: Path) -> None:
+    data = example("quickstart_data")
+    _, asked = data.split(data.states(single_word), 0, 100, 600)
+    data.write_tasks(tmp_path, {"states": asked}, 0)
+    rows = [json.loads(line) for line in (tmp_path / "states.jsonl").read_text().splitlines()]
+    assert all(len(set(row["choices"])) == 4 for row in rows)
+    assert [row["choices"][row["gold"]] for row in rows] == [fact.answer for fact in asked]
+    shares = [sum(row["gold"] == place for row in rows) / len(rows) for place in range(4)]
+    assert all(0.18 < share < 0.32 for share in shares)
+
+
+@pytest.mark.slow
+def test_merge_two_evolves_a_merge(tmp_path: Path) -> None:
+    done = run("examples/merge_two.py", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    shown = dict(line.split()[:2] for line in done.stdout.splitlines() if not line.startswith("mergekit"))
+    assert float(shown["evolved"]) >= float(shown["uniform"])
+    assert (tmp_path / "best.yaml").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_quickstart_runs_to_the_end_and_again(tmp_path: Path, smollm2: Path) -> None:
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
+    done = run("examples/quickstart.py", "--smoke", "--folder", str(tmp_path), timeout=1000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "evolved" in done.stdout
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob(".cache/quickstart/experts/*/made_from.json")}
+    assert len(stamps) == 4
+    again = run("examples/quickstart.py", "--smoke", "--folder", str(tmp_path))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    assert "expert is there already" in again.stderr
