@@ -193,7 +193,7 @@ def test_names_that_mergekit_cannot_parse(name: Any) -> None:
 
 
 def test_a_hub_name_is_found_in_the_local_cache(small: Path, tmp_path: Path, monkeypatch) -> None:
-    """Merged and exported under its name, offline, although mergekit itself would ask the hub for its files."""
+    """Merged and exported under its name, offline, although mergekit itself would ask the hub for files."""
     import huggingface_hub
 
     commit = "0123456789abcdef0123456789abcdef01234567"
