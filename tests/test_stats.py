@@ -17,6 +17,7 @@ from llmevo.stats import holm, mcnemar, paired_difference, wilson
 BITS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(BITS)
 def test_mcnemar_is_the_exact_binomial_test(pairs: list[tuple[int, int]]) -> None:
     a, b = zip(*pairs, strict=True)
@@ -26,6 +27,7 @@ def test_mcnemar_is_the_exact_binomial_test(pairs: list[tuple[int, int]]) -> Non
     assert mcnemar(a, b) == mcnemar(b, a)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.floats(0, 1), st.floats(0.5, 0.999))
 def test_wilson_is_scipys(count: int, share: float, level: float) -> None:
     successes = round(share * count)
@@ -36,6 +38,7 @@ def test_wilson_is_scipys(count: int, share: float, level: float) -> None:
     assert 0 <= interval.low <= interval.estimate <= interval.high <= 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=20))
 def test_holm_never_lowers_a_p_value_and_keeps_their_order(p_values: list[float]) -> None:
     adjusted = holm(p_values)

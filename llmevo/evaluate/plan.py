@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -97,12 +98,14 @@ class Plan:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm-eval's progress bars and notes, which repeat on every trial, off the terminal."""
+    """Keep lm-eval's progress bars, notes and warnings, which repeat on every trial, off the terminal."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            # scikit-learn, for one, warns where all answers of a leave-one-out are alike.
+            warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from llmevo.errors import StageError
 from llmevo.evaluate.measures import gold, per_item
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmevo.genome import Genome
     from llmevo.trial import Split
 
+_Raw: TypeAlias = dict[tuple[str, str], list[Any]]  # by (metric, filter), in stored item order
 _SEED = 1234  # of sampled generations; lm-eval's own default
 _CPU_BATCH = 16
 _CPU_BYTES = 2 << 30
@@ -84,30 +85,34 @@ class Evaluator:
         Raises:
             StageError: The split has no items, logits are not finite, or a metric fails or is not there.
         """
-        plan = self._plan
-        if not plan.requests[split]:
+        if not self._plan.requests[split]:
             raise StageError(
                 "evaluate", f"no items are in the split {split!r}; `evaluate.holdout` must be > 0."
             )
-        self._answer(plan.requests[split])
-        raw = {name: self._raw(name, split) for name in plan.tasks}
-        metrics = {name: _aggregate(plan.tasks[name], values) for name, values in raw.items()}
+        with quiet():
+            self._answer(self._plan.requests[split])
+            raw = {name: self._raw(name, split) for name in self._plan.tasks}
+            metrics = {name: _aggregate(self._plan.tasks[name], values) for name, values in raw.items()}
+            return self._score(raw, metrics), metrics
+
+    def _score(self, raw: dict[str, _Raw], metrics: dict[str, dict[str, float]]) -> Score:
+        """The sum over the terms, with its standard error and items."""
         items: dict[str, list[float]] = {}
         value = 0.0
         variance: float | None = 0.0
-        for part in plan.parts:
+        for part in self._plan.parts:
             values = _values(part, raw[part.task])
             whole = metrics[part.task].get(f"{part.metric},{part.filter}", math.nan)
             if not math.isfinite(whole):
                 raise StageError("evaluate", f"{part.metric},{part.filter} of {part.task} is not finite.")
             value += part.sign * part.weight * whole
             better = part.sign if self._direction == "maximize" else -part.sign
-            scored = per_item(values, _aggregation(plan.tasks[part.task], part.metric))
+            scored = per_item(values, _aggregation(self._plan.tasks[part.task], part.metric))
             items[part.key] = [better * item for item in scored]
             error = standard_error(scored)
             known = variance is not None and error is not None and math.isfinite(error)
             variance = variance + (part.weight * error) ** 2 if known else None  # type: ignore[operator]
-        return Score(value, None if variance is None else math.sqrt(variance), items), metrics
+        return Score(value, None if variance is None else math.sqrt(variance), items)
 
     def describe(self) -> dict[str, Any]:
         """Facts for the run's record, as JSON.
@@ -137,15 +142,14 @@ class Evaluator:
             for instance in requests.instances:
                 # lm-eval appends: a second evaluation would be scored on the first one's answers.
                 instance.resps, instance.filtered_resps = [], {}
-        with quiet():
-            for requests in sweeps:
-                answers: Sequence[Any]
-                if requests.kind == "generate_until":
-                    answers = self._generate(requests)
-                else:
-                    answers = self._likelihoods(requests)
-                for instance, answer in zip(requests.instances, answers, strict=True):
-                    instance.resps.append(answer)
+        for requests in sweeps:
+            answers: Sequence[Any]
+            if requests.kind == "generate_until":
+                answers = self._generate(requests)
+            else:
+                answers = self._likelihoods(requests)
+            for instance, answer in zip(requests.instances, answers, strict=True):
+                instance.resps.append(answer)
 
     def _likelihoods(self, requests: Requests) -> list[Any]:
         run = self._lm._loglikelihood_tokens
@@ -175,13 +179,13 @@ class Evaluator:
             texts: list[str] = self._lm.generate_until(requests.instances, disable_tqdm=True)
         return texts
 
-    def _raw(self, name: str, split: Split) -> dict[tuple[str, str], list[Any]]:
+    def _raw(self, name: str, split: Split) -> _Raw:
         """Raw values by (metric, filter) in stored item order."""
         task, rows = self._plan.tasks[name], self._plan.documents[split][name]
         # Filters run over a task's instances, which are those of one split at a time.
         task._instances = [instance for instances in rows for instance in instances]
         task.apply_filters()
-        raw: dict[tuple[str, str], list[Any]] = {}
+        raw: _Raw = {}
         for instances in rows:
             for filter_name in instances[0].filtered_resps:
                 responses = [instance.filtered_resps[filter_name] for instance in instances]
@@ -223,7 +227,7 @@ def _aggregation(task: Any, metric: str) -> Callable[[Sequence[Any]], float]:
     return chosen
 
 
-def _aggregate(task: Any, raw: dict[tuple[str, str], list[Any]]) -> dict[str, float]:
+def _aggregate(task: Any, raw: _Raw) -> dict[str, float]:
     """Every metric of one task that has a number, by lm-eval's name for it."""
     metrics = {}
     for (metric, filter_name), values in raw.items():
@@ -234,7 +238,7 @@ def _aggregate(task: Any, raw: dict[tuple[str, str], list[Any]]) -> dict[str, fl
     return metrics
 
 
-def _values(part: Part, raw: dict[tuple[str, str], list[Any]]) -> list[Any]:
+def _values(part: Part, raw: _Raw) -> list[Any]:
     try:
         return raw[part.metric, part.filter]
     except KeyError:
