@@ -324,6 +324,7 @@ class _Sitting:
             if not flying:
                 break
             done, _ = wait(flying, timeout=_POLL, return_when=FIRST_COMPLETED)
+            self.stop.report()
             for future in sorted(done, key=flying.__getitem__):
                 del flying[future]
                 arrived(future.result())

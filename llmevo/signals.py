@@ -21,7 +21,7 @@ class Stop:
     """While entered, turns signals into the two flags below.
 
     Args:
-        note: Told one line at each signal.
+        note: Told one line for each signal, when `report` is called.
 
     Attributes:
         signal: The first signal that came, or None.
@@ -33,6 +33,7 @@ class Stop:
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
         self._interruptible = False
+        self._lines: list[str] = []
         self._before: dict[signal.Signals, Any] = {}
         self.signal: signal.Signals | None = None
         self.cancelled = False
@@ -56,10 +57,16 @@ class Stop:
         if self._interruptible:
             self._interruptible = False
             raise Interrupted
+        # Printing here could meet a print that this signal interrupted; `report` does it.
         if self.cancelled:
-            self._note("stopping at once; what was in flight will be evaluated again")
+            self._lines.append("stopping at once; what was in flight will be evaluated again")
         else:
-            self._note(f"{self.signal.name}: finishing what is in flight; once more to stop at once")
+            self._lines.append(f"{self.signal.name}: finishing what is in flight; once more to stop at once")
+
+    def report(self) -> None:
+        """Note what came since the last call."""
+        while self._lines:
+            self._note(self._lines.pop(0))
 
     @property
     def exit_code(self) -> int:
