@@ -14,7 +14,7 @@ from llmevo.genome import EvaluateSpec, Genome  # noqa: E402
 
 
 @pytest.mark.slow
-def test_smollm2_knows_currencies_as_lm_eval_says(smollm2: Path, task_folder: Path) -> None:
+def test_smollm2_scores_what_lm_eval_says(smollm2: Path, task_folder: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,5 +45,3 @@ def test_smollm2_knows_currencies_as_lm_eval_says(smollm2: Path, task_folder: Pa
     )["results"]
     assert metrics["money"]["acc,none"] == expected["money"]["acc,none"]
     assert metrics["prose"]["bits_per_byte,none"] == pytest.approx(expected["prose"]["bits_per_byte,none"])
-    assert metrics["money"]["acc,none"] > 0.5
-    assert 0.5 < metrics["prose"]["bits_per_byte,none"] < 3
