@@ -79,8 +79,10 @@ def run(
             if len(store.trials()) < genome.search.trials:
                 workers.start()  # their models load while this process reads the genome
             ending = _Sitting(genome, store, observer, workers, stop, limit).go()
-        finally:
-            workers.release()
+        except BaseException:
+            workers.release(cancel=True)
+            raise
+        workers.release(cancel=stop.cancelled)
         summary = finals.summarise(store, ending, time.perf_counter() - start)
         store.log("ended", exit_code=summary.exit_code, reason=summary.reason, elapsed=summary.elapsed)
         observer.ended(summary)
@@ -140,10 +142,10 @@ class _Workers:
             self._checked = True
         return executor
 
-    def release(self) -> None:
-        """End the processes that were started here."""
+    def release(self, cancel: bool) -> None:
+        """End the processes that were started here; those that are still loading are not waited for."""
         if self._owned and self._executor is not None:
-            self._executor.shutdown(cancel=True)
+            self._executor.shutdown(cancel=cancel or not self._checked)
 
 
 @final
