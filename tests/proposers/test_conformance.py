@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_json import RandomJSON
 
 from llmevo import Categorical, Condition, Float, Int, Optimizer, Space, State, Trial
 from llmevo.llm import Reply, Request
 from llmevo.proposers import Direction, Proposer, make
 from llmevo.proposers.hybrid import Hybrid
+from llmevo.proposers.llm import LLM
 
 Build = Callable[[Space, Direction], Proposer]
 
@@ -91,6 +93,7 @@ PROPOSERS: dict[str, Build] = {
     "cma": _named("cma"),
     "cma-small": _named("cma", population=3),
     "hybrid-ga": _hybrid,
+    "llm-faulty": lambda space, direction: LLM(space, direction, client=RandomJSON(faults=0.3)),
     "llm": _llm,
     "hybrid": _hybrid_llm,
 }
