@@ -21,7 +21,7 @@ from llmevo.genome import Genome
 from llmevo.store import Store
 from llmevo.trial import State, Trial
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # minutes where the cores are shared
 
 _KILLS = 20
 _TRIALS = 60
