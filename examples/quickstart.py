@@ -49,7 +49,7 @@ class Size:
     overrides: tuple[str, ...] = ()
 
 
-FULL = Size(train=1200, asked=640)
+FULL = Size(train=1000, asked=640)
 SMOKE = Size(train=32, asked=16, overrides=("search.trials=10", "search.warmup=1"))
 
 

@@ -92,11 +92,11 @@ def test_the_custom_proposer_depends_on_history_alone(example) -> None:
 def test_quickstart_facts_are_split_by_topic(example, subject: str) -> None:
     data = example("quickstart_data")
     facts = data.SUBJECTS[subject](single_word)
-    train, asked = data.split(facts, 0, 1200, 640)
-    assert (len(train), len(asked)) == (1200, 640)
+    train, asked = data.split(facts, 0, 1000, 640)
+    assert (len(train), len(asked)) == (1000, 640)
     assert not {fact.topic for fact in train} & {fact.topic for fact in asked}
     assert not {fact.prompt for fact in train} & {fact.prompt for fact in asked}
-    assert data.split(facts, 0, 1200, 640) == (train, asked)
+    assert data.split(facts, 0, 1000, 640) == (train, asked)
     assert all(fact.answer in fact.rivals for fact in facts)
 
 
