@@ -1,0 +1,97 @@
+"""The model card of an exported merge: what it is made of, and the evidence for it."""
+
+from __future__ import annotations
+
+from llmevo.display import score_text
+from llmevo.findings import Findings, interval, number, percent, signed
+from llmevo.observer import Row
+from llmevo.trial import Trial
+
+
+def render(findings: Findings, trial: Trial, recipe: str, name: str) -> str:
+    """The card as Markdown with the hub's YAML head.
+
+    Args:
+        findings: The run.
+        trial: The one that is exported.
+        recipe: Its mergekit configuration as YAML.
+        name: What the model is called.
+    """
+    search = findings.genome.search
+    versions = ", ".join(f"{package} {version}" for package, version in findings.versions.items())
+    tasks = ", ".join(
+        f"`{task.name}` ({task.metric}, weight {task.weight:g})" for task in findings.genome.tasks
+    )
+    models = "\n".join(f"- `{model}`" for model in findings.genome.genome.models)
+    base = findings.genome.genome.base_model
+    return f"""---
+library_name: transformers
+tags:
+- merge
+- mergekit
+- llmevo
+---
+# {name}
+
+A merge of language models, found by evolution with llmevo and computed by mergekit.
+It is trial {trial.number} of the run `{findings.name}`, proposed by `{trial.origin}`.
+
+Models:
+
+{models}
+
+Base model: {f"`{base}`" if base else "none"}
+
+## Evidence
+
+{_evidence(findings, trial)}
+
+In the search it scored {score_text(trial)}, on items that were used to choose it, which flatters it.
+Only the held-out items are evidence.
+
+## Search
+
+- Score: {search.direction} the weighted sum of {tasks}
+- Proposer: {search.proposer}{f" ({findings.language_model})" if findings.language_model else ""}
+- Budget: {search.trials} trials, of which {findings.counts()["failed"]} failed; seed {search.seed}
+- Versions: {versions}
+
+## Recipe
+
+```yaml
+{recipe.rstrip()}
+```
+"""
+
+
+def _evidence(findings: Findings, trial: Trial) -> str:
+    rows = findings.summary.table
+    if not rows:
+        return findings.verdict()
+    lines = [
+        f"Scores on {findings.held_out_items()} held-out items; differences are paired, to the best parent.",
+        "",
+        "| model | score | 95 % interval | difference | interval |",
+        "|---|---|---|---|---|",
+        *(_line(row) for row in rows),
+    ]
+    winner = findings.winner
+    if winner is not None and winner.trial.number == trial.number:
+        lines += ["", findings.verdict()]
+    elif not any(row.trial.number == trial.number for row in rows):
+        lines += ["", f"Trial {trial.number} itself was not scored on the held-out items."]
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    if row.score is None:
+        return f"| {row.label} | failed | | | |"
+    span, gap = interval(row.score), row.interval
+    cells = (
+        row.label,
+        number(row.score.value),
+        "" if span is None else f"{number(span[0])} to {number(span[1])}",
+        "" if gap is None else signed(gap.estimate),
+        "" if gap is None else f"{signed(gap.low)} to {signed(gap.high)} ({percent(gap.level)})",
+    )
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,315 @@
+"""What a person, a log or a program sees while a run goes on; all of it on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TextIO, TypeAlias, final
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from llmevo.findings import duration, number, signed, trial_json
+from llmevo.observer import Observer, RunInfo, RunSummary
+from llmevo.trial import State, Trial
+
+Choice: TypeAlias = Literal["auto", "rich", "plain", "json", "none"]
+
+_ROWS = 12
+_BARS = "▁▂▃▄▅▆▇█"
+_STYLES = {State.COMPLETE: "", State.FAILED: "red", State.PENDING: "dim"}
+
+
+def choose(choice: Choice, stream: TextIO | None = None) -> Observer:
+    """The observer that `--display` names; `auto` is a live table on a terminal and lines elsewhere."""
+    stream = sys.stderr if stream is None else stream
+    if choice == "auto":
+        choice = "rich" if Console(file=stream).is_terminal else "plain"
+    if choice == "rich":
+        return RichDisplay(Console(file=stream))
+    if choice == "plain":
+        return PlainDisplay(stream)
+    return JsonDisplay(stream) if choice == "json" else NoDisplay()
+
+
+def trial_seconds(trial: Trial) -> float:
+    """Wall time of a trial, over all its stages."""
+    return sum(value for value in trial.cost.values() if isinstance(value, float))
+
+
+def score_text(trial: Trial) -> str:
+    """A trial's score with its standard error, or why there is none."""
+    if trial.score is None:
+        return trial.error or "pending"
+    error = trial.score.stderr
+    return number(trial.score.value) + ("" if error is None else f" ± {number(error)}")
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """The last `width` values as bars."""
+    shown = values[-width:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] for value in shown)
+
+
+@final
+@dataclass(slots=True)
+class _Clock:
+    """How long a sitting has taken, and how long it may still take."""
+
+    start: float
+    budget: int
+    done: int
+    fresh: int = 0
+
+    def tick(self) -> None:
+        """One more trial is finished."""
+        self.done += 1
+        self.fresh += 1
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this sitting."""
+        return time.monotonic() - self.start
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the remaining trials will take at the pace of this sitting; None before the first."""
+        if not self.fresh:
+            return None
+        return self.elapsed / self.fresh * max(self.budget - self.done, 0)
+
+
+def _clock(info: RunInfo) -> _Clock:
+    done = sum(trial.state is not State.PENDING for trial in info.trials)
+    return _Clock(time.monotonic(), info.genome.search.trials, done)
+
+
+def _opening(info: RunInfo) -> str:
+    done = sum(trial.state is not State.PENDING for trial in info.trials)
+    how = f"continuing after {done} of" if done else "searching with"
+    return (
+        f"{info.run_dir}: {how} {info.genome.search.trials} trials, {len(info.space)} genes, "
+        f"proposer {info.genome.search.proposer}"
+    )
+
+
+@final
+class PlainDisplay:
+    """A line for each event, for logs and pipes.
+
+    Args:
+        stream: Where the lines go.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._clock = _Clock(time.monotonic(), 0, 0)
+
+    def _say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    def started(self, info: RunInfo) -> None:
+        """Say what begins."""
+        self._clock = _clock(info)
+        self._say(_opening(info))
+
+    def note(self, line: str) -> None:
+        """Pass the line on."""
+        self._say(line)
+
+    def asked(self, trials: Sequence[Trial], seconds: float) -> None:
+        """Say who proposed."""
+        origins = ", ".join(dict.fromkeys(trial.origin for trial in trials))
+        self._say(f"asked {len(trials)} in {duration(seconds)}: {origins}")
+
+    def finished(self, trial: Trial, best: Trial | None) -> None:
+        """Say what the trial scored."""
+        self._clock.tick()
+        mark = "  best" if best is not None and best.number == trial.number else ""
+        failed = "failed: " if trial.state is State.FAILED else ""
+        left = self._clock.left
+        eta = f"  left {duration(left)}" if left else ""
+        self._say(
+            f"trial {trial.number:>3}  {trial.origin:<18} {failed}{score_text(trial)}  "
+            f"{duration(trial_seconds(trial))}{mark}{eta}"
+        )
+
+    def ended(self, summary: RunSummary) -> None:
+        """Say why."""
+        self._say(f"ended after {duration(summary.elapsed)}: {summary.reason}")
+
+
+@final
+class JsonDisplay:
+    """A JSON object in a line for each event, for programs.
+
+    Args:
+        stream: Where the lines go.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def _say(self, event: str, **data: Any) -> None:
+        print(json.dumps({"event": event, **data}, ensure_ascii=False), file=self._stream, flush=True)
+
+    def started(self, info: RunInfo) -> None:
+        """`started`: run_dir, budget, genes, earlier, references, batch."""
+        self._say(
+            "started",
+            run_dir=str(info.run_dir),
+            budget=info.genome.search.trials,
+            genes=info.space.names,
+            earlier=len(info.trials),
+            references=info.references,
+            batch=info.batch,
+        )
+
+    def note(self, line: str) -> None:
+        """`note`: line."""
+        self._say("note", line=line)
+
+    def asked(self, trials: Sequence[Trial], seconds: float) -> None:
+        """`asked`: trials, seconds."""
+        self._say("asked", trials=[trial_json(trial) for trial in trials], seconds=seconds)
+
+    def finished(self, trial: Trial, best: Trial | None) -> None:
+        """`finished`: trial, best (a number)."""
+        self._say("finished", trial=trial_json(trial), best=None if best is None else best.number)
+
+    def ended(self, summary: RunSummary) -> None:
+        """`ended`: exit_code, reason, elapsed."""
+        self._say(
+            "ended", exit_code=summary.exit_code, reason=summary.reason, elapsed=round(summary.elapsed, 3)
+        )
+
+
+@final
+class NoDisplay:
+    """Silence."""
+
+    def started(self, info: RunInfo) -> None:
+        """Nothing."""
+
+    def note(self, line: str) -> None:
+        """Nothing."""
+
+    def asked(self, trials: Sequence[Trial], seconds: float) -> None:
+        """Nothing."""
+
+    def finished(self, trial: Trial, best: Trial | None) -> None:
+        """Nothing."""
+
+    def ended(self, summary: RunSummary) -> None:
+        """Nothing."""
+
+
+@final
+class RichDisplay:
+    """A live table of the latest trials under a line with the best, the time and what is left.
+
+    Args:
+        console: On stderr; it honours NO_COLOR.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._info: RunInfo | None = None
+        self._clock = _Clock(time.monotonic(), 0, 0)
+        self._trials: dict[int, Trial] = {}
+        self._best: Trial | None = None
+
+    def started(self, info: RunInfo) -> None:
+        """Start the table."""
+        self._info, self._clock = info, _clock(info)
+        self._trials = {trial.number: trial for trial in info.trials}
+        self._best = self._best_of(info.trials)
+        self._console.print(escape(_opening(info)), style="bold", highlight=False)
+        self._live = Live(console=self._console, get_renderable=self._view, refresh_per_second=4)
+        self._live.start()
+
+    def _best_of(self, trials: Sequence[Trial]) -> Trial | None:
+        assert self._info is not None
+        scored = [(trial.score.value, trial) for trial in trials if trial.score is not None]
+        if not scored:
+            return None
+        pick = max if self._info.genome.search.direction == "maximize" else min
+        return pick(scored, key=lambda pair: pair[0])[1]
+
+    def note(self, line: str) -> None:
+        """Print the line above the table."""
+        self._console.print(escape(line), style="dim", highlight=False)
+
+    def asked(self, trials: Sequence[Trial], seconds: float) -> None:
+        """Show the new trials as pending."""
+        self._trials |= {trial.number: trial for trial in trials}
+
+    def finished(self, trial: Trial, best: Trial | None) -> None:
+        """Show the result."""
+        self._clock.tick()
+        self._trials[trial.number] = trial
+        self._best = best
+
+    def ended(self, summary: RunSummary) -> None:
+        """Leave the last state of the table on the screen."""
+        self.close()
+        self._console.print(
+            escape(f"ended after {duration(summary.elapsed)}: {summary.reason}"),
+            style="bold",
+            highlight=False,
+        )
+
+    def close(self) -> None:
+        """Give the terminal back; harmless when it was."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _view(self) -> RenderableType:
+        return Group(self._header(), self._table())
+
+    def _header(self) -> Text:
+        clock, best = self._clock, self._best
+        parts = [f"{clock.done}/{clock.budget}"]
+        if best is not None:
+            parts.append(f"best {score_text(best)} (#{best.number} {best.origin})")
+        left = "" if clock.left is None else f", about {duration(clock.left)} left"
+        parts.append(f"{duration(clock.elapsed)}{left}")
+        scores = [trial.score.value for trial in self._trials.values() if trial.score is not None]
+        width = max(self._console.width - 2, 1)
+        header = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+        return header.append(f"\n{sparkline(scores, min(width, 60))}", style="cyan")
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("#", justify="right", style="dim")
+        table.add_column("origin", no_wrap=True, overflow="ellipsis", max_width=24)
+        table.add_column("score", no_wrap=True, overflow="ellipsis")
+        table.add_column("to best", justify="right", no_wrap=True)
+        table.add_column("time", justify="right", no_wrap=True)
+        recent = sorted(self._trials.values(), key=lambda t: (t.state is State.PENDING, t.number))
+        pending = [trial for trial in recent if trial.state is State.PENDING]
+        done = [trial for trial in recent if trial.state is not State.PENDING]
+        shown = [*done[-(_ROWS - min(len(pending), 3)) :], *pending[:3]]
+        for trial in shown:
+            table.add_row(*self._cells(trial), style=_STYLES[trial.state])
+        return table
+
+    def _cells(self, trial: Trial) -> tuple[str, ...]:
+        gap = ""
+        if trial.score is not None and self._best is not None and self._best.score is not None:
+            same = trial.number == self._best.number
+            gap = "best" if same else signed(trial.score.value - self._best.score.value)
+        spent = "" if trial.state is State.PENDING else duration(trial_seconds(trial))
+        return str(trial.number), escape(trial.origin), escape(score_text(trial)), gap, spent

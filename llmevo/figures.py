@@ -1,0 +1,353 @@
+"""The report's figures, drawn by matplotlib; each series has a colour and a marker of its own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from llmevo import svg
+from llmevo.trial import State, Trial
+
+_SERIES: dict[str, tuple[str, str]] = {  # family of origins -> role, marker
+    "cma": ("blue", "o"),
+    "llm": ("vermillion", "^"),
+    "ga": ("green", "s"),
+    "sobol": ("purple", "D"),
+    "random": ("muted", "o"),
+    "warm_start": ("sky", "P"),
+    "enqueued": ("sky", "P"),
+    "fallback": ("yellow", "v"),
+}
+REFERENCES = ("baseline", "parent", "uniform")
+_WIDTH = 9.6
+_CELLS_IN_ROW = 3
+_MAX_CELLS = 12
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A labelled score with its interval.
+
+    Args:
+        label: What was scored.
+        value: Its score.
+        low: Lower end of the 95 % interval, or None.
+        high: Upper end, or None.
+    """
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def family(origin: str) -> str:
+    """The origin without its particulars: `llm+mutated` is of the family `llm`, `parent:x` of `parent`."""
+    return re.split(r"[:+]", origin, maxsplit=1)[0]
+
+
+def series(name: str) -> tuple[str, str]:
+    """Role and marker of a family of origins."""
+    return _SERIES.get(name, ("yellow", "X"))
+
+
+def _spread(values: Sequence[float], gap: float) -> list[float]:
+    """Positions near `values`, in their order, at least `gap` apart, so that labels do not collide."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    placed = [values[index] for index in order]
+    for _ in range(100):
+        moved = False
+        for left in range(len(placed) - 1):
+            lack = gap - (placed[left + 1] - placed[left])
+            if lack > 1e-9 * max(1.0, abs(gap)):
+                placed[left] -= lack / 2
+                placed[left + 1] += lack / 2
+                moved = True
+        if not moved:
+            break
+    result = [0.0] * len(values)
+    for index, value in zip(order, placed, strict=True):
+        result[index] = value
+    return result
+
+
+def _best_so_far(trials: Sequence[Trial], maximize: bool) -> tuple[list[int], list[float]]:
+    pick = max if maximize else min
+    numbers: list[int] = []
+    values: list[float] = []
+    for trial in trials:
+        if trial.value is not None:
+            values.append(trial.value if not values else pick(values[-1], trial.value))
+            numbers.append(trial.number)
+    return numbers, values
+
+
+def progress(trials: Sequence[Trial], references: Sequence[Estimate], maximize: bool) -> str:
+    """Score over trials: a dot a trial, the best so far as a staircase, references as lines.
+
+    Args:
+        trials: The search's trials, by number; references among them are not drawn as dots.
+        references: Lines with a label at their right end.
+        maximize: The direction.
+    """
+    pyplot = svg.pyplot()
+    shown = [trial for trial in trials if family(trial.origin) not in REFERENCES]
+    with pyplot.rc_context(svg.style()):
+        figure, axes = pyplot.subplots(figsize=(_WIDTH, 4.0))
+        for name in dict.fromkeys(family(trial.origin) for trial in shown):
+            points = [trial for trial in shown if family(trial.origin) == name and trial.score is not None]
+            if points:
+                _dots(axes, name, points)
+        numbers, values = _best_so_far(shown, maximize)
+        if values:
+            axes.plot(
+                [*numbers, trials[-1].number + 0.6],
+                [*values, values[-1]],
+                drawstyle="steps-post",
+                color=svg.colour("ink"),
+                linewidth=1.3,
+                label="best so far",
+                zorder=2.5,
+            )
+        first = shown[0].number if shown else 0
+        last = trials[-1].number if trials else 1
+        axes.set_xlim(first - 0.8, max(last, first + 1) + 0.8)
+        _limits(axes, [t.value for t in shown if t.value is not None] + [r.value for r in references])
+        _failures(axes, shown)
+        _reference_lines(axes, references)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y")
+        axes.set_xlabel("trial")
+        axes.set_ylabel("score on the search items")
+        if shown:
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=8, handletextpad=0.4)
+        return svg.inline(figure, "progress")
+
+
+def _dots(axes: Any, name: str, points: Sequence[Trial]) -> None:
+    role, marker = series(name)
+    numbers = [trial.number for trial in points]
+    values = [trial.score.value for trial in points if trial.score is not None]
+    errors = [(trial.score.stderr or 0.0) for trial in points if trial.score is not None]
+    if any(errors):
+        axes.errorbar(
+            numbers, values, errors, fmt="none", ecolor=svg.colour(role), elinewidth=0.8, alpha=0.3, zorder=2
+        )
+    axes.scatter(
+        numbers,
+        values,
+        s=22,
+        marker=marker,
+        color=svg.colour(role),
+        edgecolor=svg.colour("paper"),
+        linewidth=0.6,
+        label=name,
+        zorder=3,
+    )
+
+
+def _limits(axes: Any, values: Sequence[float]) -> None:
+    """Make room for every value, and for error bars only as far as they do not flatten the rest."""
+    if not values:
+        return
+    low, high = min(values), max(values)
+    margin = 0.12 * (high - low) or 0.05 * abs(high) or 0.5
+    axes.set_ylim(low - 1.6 * margin, high + margin)
+
+
+def _failures(axes: Any, trials: Sequence[Trial]) -> None:
+    failed = [trial.number for trial in trials if trial.state is State.FAILED]
+    if failed:
+        axes.scatter(
+            failed,
+            [0.025] * len(failed),
+            transform=axes.get_xaxis_transform(),
+            marker="x",
+            s=20,
+            linewidth=1.2,
+            color=svg.colour("muted"),
+            label="failed",
+            zorder=3,
+        )
+
+
+def _reference_lines(axes: Any, references: Sequence[Estimate]) -> None:
+    bottom, top = axes.get_ylim()
+    places = _spread([reference.value for reference in references], 0.055 * (top - bottom))
+    for reference, place in zip(references, places, strict=True):
+        axes.axhline(reference.value, color=svg.colour("muted"), linewidth=0.9, dashes=(5, 3), zorder=1.5)
+        axes.annotate(
+            _short(reference.label, 26),
+            (1.0, reference.value),
+            (1.012, (place - bottom) / (top - bottom)),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="axes fraction",
+            va="center",
+            color=svg.colour("muted"),
+            fontsize=8.5,
+        )
+
+
+def _short(text: str, length: int) -> str:
+    """The end of a long name, where the models of one family differ."""
+    return text if len(text) <= length else "…" + text[1 - length :]
+
+
+def intervals(scores: Sequence[Estimate], differences: Sequence[Estimate], against: str, winner: str) -> str:
+    """Held-out scores beside their paired differences to one of them, each with its 95 % interval.
+
+    Args:
+        scores: One row each, from top to bottom.
+        differences: By the same labels; rows without one stay empty.
+        against: Label of what the differences are to.
+        winner: Label of the row to bring out.
+    """
+    pyplot = svg.pyplot()
+    rows = {estimate.label: len(scores) - 1 - index for index, estimate in enumerate(scores)}
+    with pyplot.rc_context(svg.style()):
+        figure, (left, right) = pyplot.subplots(
+            1, 2, figsize=(_WIDTH, 0.36 * len(scores) + 0.9), sharey=True, width_ratios=(1.15, 1)
+        )
+        for axes, estimates in ((left, scores), (right, differences)):
+            for estimate in estimates:
+                role = "vermillion" if estimate.label == winner else "blue"
+                row = rows[estimate.label]
+                if estimate.low is not None and estimate.high is not None:
+                    axes.plot([estimate.low, estimate.high], [row, row], color=svg.colour(role), linewidth=2)
+                axes.scatter([estimate.value], [row], s=36, color=svg.colour(role), zorder=3)
+            axes.grid(axis="x")
+            axes.locator_params(axis="x", nbins=6)
+        left.set_yticks(list(rows.values()), [_short(label, 34) for label in rows])
+        left.tick_params(axis="y", labelcolor=svg.colour("ink"))
+        left.set_ylim(-0.6, len(scores) - 0.4)
+        left.set_xlabel("score on held-out items")
+        right.axvline(0, color=svg.colour("ink"), linewidth=1)
+        right.set_xlabel(f"paired difference to {_short(against, 28)}")
+        figure.subplots_adjust(wspace=0.08)
+        return svg.inline(figure, "holdout")
+
+
+def tasks(scores: Mapping[str, Mapping[str, float]], evolved: str, uniform: str, name: str = "tasks") -> str:
+    """What each model scored on each task: a row a task, a dot a model.
+
+    Args:
+        scores: `{model: {task: score}}`.
+        evolved: The model to bring out.
+        uniform: The uniform merge's name.
+        name: Of the drawing; ids in the SVG start with it.
+    """
+    pyplot = svg.pyplot()
+    names = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
+    with pyplot.rc_context(svg.style()):
+        figure, axes = pyplot.subplots(figsize=(_WIDTH, 0.42 * len(names) + 1.0))
+        for row, task in enumerate(reversed(names)):
+            values = [by_task[task] for by_task in scores.values() if task in by_task]
+            axes.plot([min(values), max(values)], [row, row], color=svg.colour("grid"), linewidth=3, zorder=1)
+        roles = iter(("blue", "green", "purple", "sky", "yellow", "muted"))
+        markers = iter("osDPvX")
+        for model, by_task in scores.items():
+            rows = [row for row, task in enumerate(reversed(names)) if task in by_task]
+            values = [by_task[task] for task in reversed(names) if task in by_task]
+            if model == evolved:
+                role, marker, size = "vermillion", "^", 70
+            elif model == uniform:
+                role, marker, size = "ink", "|", 110
+            else:
+                role, marker, size = next(roles, "muted"), next(markers, "o"), 34
+            axes.scatter(
+                values, rows, s=size, marker=marker, color=svg.colour(role), label=_short(model, 30), zorder=3
+            )
+        axes.set_yticks(range(len(names)), [_short(name, 34) for name in reversed(names)])
+        axes.tick_params(axis="y", labelcolor=svg.colour("ink"))
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.grid(axis="x")
+        axes.set_xlabel("score")
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(4, len(scores)), handletextpad=0.3
+        )
+        return svg.inline(figure, name)
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Spearman's rho of (x, y) pairs; 0 where one side is constant."""
+    import numpy as np
+
+    if len(pairs) < 3:
+        return 0.0
+    sides = np.array(pairs, dtype=float).T
+    if np.ptp(sides, axis=1).min() == 0:
+        return 0.0
+    ranks = [np.array([(side < x).sum() + (side <= x).sum() for x in side]) for side in sides]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _genes(trials: Sequence[Trial]) -> list[tuple[str, list[tuple[Any, float, Trial]], float]]:
+    """Genes that vary, with (value, score, trial) of each trial; the most telling first."""
+    found: list[tuple[str, list[tuple[Any, float, Trial]], float]] = []
+    for name in dict.fromkeys(name for trial in trials for name in trial.params):
+        points: list[tuple[Any, float, Trial]] = [
+            (trial.params[name], trial.score.value, trial)
+            for trial in trials
+            if trial.score is not None and trial.params.get(name) is not None
+        ]
+        if len({str(value) for value, _, _ in points}) < 2:
+            continue
+        numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v, _, _ in points)
+        rho = _rank_correlation([(value, score) for value, score, _ in points]) if numeric else math.nan
+        found.append((name, points, rho))
+    return sorted(found, key=lambda gene: -abs(gene[2]) if gene[2] == gene[2] else -2.0)
+
+
+def parameters(trials: Sequence[Trial], best: Trial | None) -> tuple[str, int, int]:
+    """Every gene's value against the score, as small multiples; the best trial ringed.
+
+    Returns:
+        The SVG, how many genes it shows, and how many vary. Genes whose value goes with the score (by rank)
+        come first; choices come before numbers.
+    """
+    pyplot = svg.pyplot()
+    genes = _genes(trials)
+    shown = genes[:_MAX_CELLS]
+    if not shown:
+        return "", 0, 0
+    columns = min(_CELLS_IN_ROW, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    with pyplot.rc_context({**svg.style(), "font.size": 8.5}):
+        figure, grid = pyplot.subplots(
+            rows, columns, figsize=(_WIDTH, 1.8 * rows + 0.3), sharey=True, squeeze=False
+        )
+        for axes in grid.flat[len(shown) :]:
+            axes.set_visible(False)
+        for axes, (name, points, rho) in zip(grid.flat, shown, strict=False):
+            _cell(axes, points, best)
+            axes.set_title(_short(name, 28), fontsize=8.5, loc="left")
+            if not math.isnan(rho):
+                text = f"rank r {rho:+.2f}".replace("-", "\N{MINUS SIGN}")
+                axes.set_title(text, fontsize=8.5, loc="right", color=svg.colour("muted"))
+            axes.grid(axis="y")
+        figure.subplots_adjust(hspace=0.55, wspace=0.08)
+        return svg.inline(figure, "parameters"), len(shown), len(genes)
+
+
+def _cell(axes: Any, points: Sequence[tuple[Any, float, Trial]], best: Trial | None) -> None:
+    values: list[Any] = [value for value, _, _ in points]
+    if any(isinstance(value, (str, bool)) for value in values):
+        choices = sorted({str(value) for value in values})
+        values = [choices.index(str(value)) for value in values]
+        axes.set_xticks(range(len(choices)), [_short(choice, 12) for choice in choices])
+        axes.set_xlim(-0.5, len(choices) - 0.5)
+    else:
+        axes.locator_params(axis="x", nbins=4)
+    for name in dict.fromkeys(family(trial.origin) for _, _, trial in points):
+        role, marker = series(name)
+        xs = [x for x, (_, _, trial) in zip(values, points, strict=True) if family(trial.origin) == name]
+        ys = [score for _, score, trial in points if family(trial.origin) == name]
+        axes.scatter(xs, ys, s=11, marker=marker, color=svg.colour(role), alpha=0.75, linewidth=0)
+    for x, (_, score, trial) in zip(values, points, strict=True):
+        if best is not None and trial.number == best.number:
+            axes.scatter([x], [score], s=70, facecolor="none", edgecolor=svg.colour("ink"), linewidth=1.2)
+    axes.locator_params(axis="y", nbins=4)

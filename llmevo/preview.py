@@ -1,0 +1,162 @@
+"""What a run would do, without doing it: no weights, no language model, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from llmevo import opening
+from llmevo.errors import LlmevoError
+from llmevo.findings import duration
+from llmevo.genome import Genome
+from llmevo.optimizer import Optimizer
+from llmevo.recipe import Recipes, Reference
+from llmevo.space import Space
+from llmevo.store import DATABASE, Store
+from llmevo.trial import State, Trial
+
+_STAGES = ("propose", "merge", "train", "evaluate", "store")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A run before it begins.
+
+    Args:
+        genome: What would be searched.
+        run_dir: Where the run would lie.
+        space: The genes.
+        references: What would be evaluated first.
+        batch: Trials per `ask`.
+        proposals: The first points that do not depend on results.
+        proposer: Who makes them.
+        note: Why there are none, or what they leave out.
+        seconds: Of the whole run, estimated; None if nothing was ever measured.
+        source: What the estimate comes from.
+    """
+
+    genome: Genome
+    run_dir: Path
+    space: Space
+    references: tuple[Reference, ...]
+    batch: int
+    proposals: tuple[Trial, ...]
+    proposer: str
+    note: str
+    seconds: float | None
+    source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return {
+            "genome": self.genome.model_dump(mode="json", by_alias=True),
+            "run_dir": str(self.run_dir),
+            "space": {
+                name: {
+                    "type": type(gene).__name__.lower(),
+                    **{
+                        slot: list(value) if isinstance(value := getattr(gene, slot), tuple) else value
+                        for slot in gene.__slots__
+                    },
+                    "init": gene.start,
+                }
+                for name, gene in self.space.genes.items()
+            },
+            "references": [reference.origin for reference in self.references],
+            "batch": self.batch,
+            "proposer": self.proposer,
+            "proposals": [{"origin": trial.origin, "params": trial.params} for trial in self.proposals],
+            "note": self.note,
+            "seconds": self.seconds,
+            "estimate_from": self.source,
+        }
+
+
+def preview(genome: Genome, run_dir: Path, layers: int) -> Preview:
+    """What `runner.run` would do with this genome.
+
+    Args:
+        genome: The genome.
+        run_dir: Where the run would lie.
+        layers: Transformer layers of the models.
+    """
+    recipes = Recipes(genome, layers)
+    references = tuple(opening.references(genome, recipes))
+    batch = opening.batch(genome.search, recipes.space)
+    quiet, note = _without_language_model(genome)
+    trials: list[Trial] = []
+    if quiet is not None:
+        optimizer = Optimizer(
+            recipes.space,
+            opening.proposer(quiet, recipes),
+            direction=genome.search.direction,
+            seed=genome.search.seed,
+        )
+        for reference in references:
+            optimizer.enqueue(reference.params, origin=reference.origin)
+        if references:
+            optimizer.ask(len(references))
+        trials = optimizer.ask(batch)
+    seconds, source = _estimate(genome, run_dir)
+    return Preview(
+        genome=genome,
+        run_dir=run_dir,
+        space=recipes.space,
+        references=references,
+        batch=batch,
+        proposals=tuple(trials),
+        proposer=genome.search.proposer,
+        note=note,
+        seconds=seconds,
+        source=source,
+    )
+
+
+def _without_language_model(genome: Genome) -> tuple[Genome | None, str]:
+    """The genome with a proposer that asks no language model, or None if there is no such proposer."""
+    search = genome.search
+    if search.proposer == "llm":
+        return None, "the language model is asked when the run begins"
+    if search.proposer == "hybrid":
+        base = search.model_copy(update={"proposer": search.base})
+        note = f"the base proposer's; after {search.warmup} trials the language model has {search.share:.0%}"
+        return genome.model_copy(update={"search": base}), note
+    return genome, "as they are before any result is known"
+
+
+def _estimate(genome: Genome, run_dir: Path) -> tuple[float | None, str]:
+    """Seconds that the trials still to come would take, from trials of the same models and tasks."""
+    neighbours = sorted(run_dir.parent.glob(f"*/{DATABASE}")) if run_dir.parent.is_dir() else []
+    folders = [run_dir, *(path.parent for path in neighbours if path.parent != run_dir)]
+    for folder in folders:
+        if not (folder / DATABASE).is_file():
+            continue
+        try:
+            with Store.open(folder, readonly=True) as store:
+                if _workload(store.genome) != _workload(genome):
+                    continue
+                trials = store.trials()
+        except LlmevoError:  # a damaged neighbour is no reason not to preview this run
+            continue
+        spent = [seconds for trial in trials if (seconds := _seconds(trial)) > 0]
+        if spent:
+            finished = sum(trial.state is not State.PENDING for trial in trials)
+            left = genome.search.trials - (finished if folder == run_dir else 0)
+            mean = sum(spent) / len(spent)
+            per_trial = f"{duration(mean)} a trial, the mean of {len(spent)} in {folder}"
+            return max(left, 0) * mean / genome.run.workers, per_trial
+    return None, "nothing of these models and tasks was measured yet; the first trials of a run will tell"
+
+
+def _seconds(trial: Trial) -> float:
+    return sum(float(trial.cost.get(stage, 0.0)) for stage in _STAGES if trial.state is not State.PENDING)
+
+
+def _workload(genome: Genome) -> tuple[object, ...]:
+    """What a trial's time depends on."""
+    spec, evaluate = genome.genome, genome.evaluate
+    names: Iterable[str] = sorted(task.name for task in genome.tasks)
+    return (*spec.models, spec.base_model, *names, genome.limit, genome.num_fewshot, evaluate.holdout)

@@ -1,0 +1,292 @@
+"""One HTML file about a run: what came out, whether it is more than noise, and how to get it again.
+
+The file is self-contained: no script, no font and no image from elsewhere. Everything that a genome, a model
+or an error says is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from llmevo import figures, svg
+from llmevo.findings import Findings, duration, interval, number, percent, signed
+from llmevo.observer import Row
+from llmevo.trial import Score, State, Trial
+
+_COST_ROLES = ("blue", "vermillion", "green", "purple", "sky", "yellow", "muted")
+_FEW_FAILURES = 8
+
+
+def write(findings: Findings, path: Path) -> Path:
+    """Write the report beside `path`, then put it in its place, so that a reader never finds half of one.
+
+    Raises:
+        LlmevoError: matplotlib is not installed.
+    """
+    text = render(findings)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def render(findings: Findings) -> str:
+    """The whole report as HTML.
+
+    Raises:
+        LlmevoError: matplotlib is not installed.
+    """
+    template = Template(files("llmevo").joinpath("report.html").read_text(encoding="utf-8"))
+    sections = [
+        _progress(findings),
+        _held_out(findings),
+        _tasks(findings),
+        _origins(findings),
+        _parameters(findings),
+        _failures(findings),
+        _recipe(findings),
+        _cost(findings),
+        _reproduce(findings),
+    ]
+    return template.substitute(
+        title=escape(findings.name),
+        headline=escape(findings.headline()),
+        verdict=escape(findings.verdict()),
+        facts="\n".join(
+            f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in _facts(findings)
+        ),
+        sections="\n".join(section for section in sections if section),
+        version=escape(findings.versions.get("llmevo", "")),
+        light=_variables(0),
+        dark=_variables(1),
+    )
+
+
+def _variables(theme: int) -> str:
+    return " ".join(f"--{role}: {colours[theme]};" for role, colours in svg.ROLES.items())
+
+
+def _facts(findings: Findings) -> list[tuple[str, str]]:
+    counts = findings.counts()
+    best = findings.summary.best
+    score = "none" if best is None or best.score is None else number(best.score.value)
+    if best is not None and best.score is not None and best.score.stderr is not None:
+        score += f" ± {number(best.score.stderr)} s.e."
+    return [
+        ("best score in the search", score),
+        ("best trial", "none" if best is None else f"#{best.number}, by {best.origin}"),
+        ("trials", f"{counts['complete']} ok, {counts['failed']} failed"),
+        ("proposer", findings.genome.search.proposer),
+        *([("language model", findings.language_model)] if findings.language_model else []),
+        ("seed", str(findings.genome.search.seed)),
+        ("time in trials", duration(sum(findings.summary.seconds.values()))),
+    ]
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
+
+
+def _figure(drawing: str, label: str, caption: str = "") -> str:
+    text = f"\n<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure>\n<div role="img" aria-label="{escape(label)}">{drawing}</div>{text}\n</figure>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _table(head: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]]) -> str:
+    """A table whose first column is a name and whose other columns are numbers; cells are HTML already."""
+    top = "".join(
+        f'<th scope="col"{" class=n" if i else ""}>{escape(text)}</th>' for i, text in enumerate(head)
+    )
+    lines = []
+    for cells, win in rows:
+        body = "".join(f'<td class="{"n" if i else "name"}">{cell}</td>' for i, cell in enumerate(cells))
+        lines.append(f"<tr{' class=win' if win else ''}>{body}</tr>")
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _progress(findings: Findings) -> str:
+    if not findings.trials:
+        return ""
+    lines = [figures.Estimate(name, value) for name, value in findings.reference_lines()]
+    drawing = figures.progress(findings.trials, lines, findings.maximize)
+    caption = (
+        "Each mark is a trial, with one standard error. The best of many noisy scores is too good on "
+        "average: only the held-out items below say what was gained."
+    )
+    return _section("The search", _figure(drawing, "Score of each trial and the best so far", caption))
+
+
+def _held_out(findings: Findings) -> str:
+    rows = [(row, row.score) for row in findings.summary.table if row.score is not None]
+    if not rows:
+        return ""
+    winner = findings.winner.label if findings.winner else ""
+    against = findings.best_parent.label if findings.best_parent else "the best parent"
+    scores = [
+        figures.Estimate(row.label, score.value, *(interval(score) or (None, None))) for row, score in rows
+    ]
+    differences = [
+        figures.Estimate(row.label, row.interval.estimate, row.interval.low, row.interval.high)
+        for row, _ in rows
+        if row.interval is not None
+    ]
+    head = ("model", "score", "95 % interval", "to the best parent", "95 % interval")
+    note = _note(
+        f"{findings.held_out_items()} items that the search never saw. Differences are paired: both models "
+        "answer the same items, so what is hard for both cancels."
+    )
+    table = _table(head, [(_held_out_cells(row, score), row.label == winner) for row, score in rows])
+    drawing = figures.intervals(scores, differences, against, winner)
+    figure = _figure(drawing, "Held-out scores and paired differences with intervals")
+    return _section("Held-out items", note + table + figure)
+
+
+def _held_out_cells(row: Row, score: Score) -> tuple[str, ...]:
+    span, gap = interval(score), row.interval
+    return (
+        escape(row.label),
+        number(score.value),
+        "" if span is None else f"{number(span[0])} to {number(span[1])}",
+        "" if gap is None else signed(gap.estimate),
+        ""
+        if gap is None
+        else f"{signed(gap.low)} to {signed(gap.high)}"
+        + ("" if gap.level == 0.95 else f" ({percent(gap.level)})"),
+    )
+
+
+def _tasks(findings: Findings) -> str:
+    parts = []
+    for split, caption in (
+        ("held-out", "On the held-out items."),
+        (
+            "search",
+            "Every parent, on the search items. The evolved model was chosen by these, which flatters it.",
+        ),
+    ):
+        means = findings.task_means(split)
+        if means and len({task for by_task in means.values() for task in by_task}) > (split == "search"):
+            drawing = figures.tasks(means, "evolved", "uniform", f"tasks-{split}")
+            parts.append(_figure(drawing, f"Score of each model on each task, {split} items", caption))
+    return _section("By task", "".join(parts))
+
+
+def _origins(findings: Findings) -> str:
+    records = findings.records()
+    rows = []
+    for origin, trials in findings.by_origin().items():
+        values = [trial.value for trial in trials if trial.value is not None]
+        failed = sum(trial.state is State.FAILED for trial in trials)
+        role, _ = figures.series(figures.family(origin))
+        if figures.family(origin) in figures.REFERENCES:
+            role = "ink"
+        best = (max if findings.maximize else min)(values) if values else None
+        rows.append(
+            (
+                (
+                    f'<span class="key" style="background:var(--{role})"></span>{escape(origin)}',
+                    str(len(trials)),
+                    str(failed) if failed else "",
+                    "" if best is None else number(best),
+                    "" if not values else number(sum(values) / len(values)),
+                    str(sum(trial.number in records for trial in trials)),
+                ),
+                findings.summary.best is not None and findings.summary.best.origin == origin,
+            )
+        )
+    head = ("origin", "trials", "failed", "best", "mean", "new bests")
+    return _section("Where the trials came from", _table(head, rows)) if rows else ""
+
+
+def _parameters(findings: Findings) -> str:
+    trials = [trial for trial in findings.trials if trial.params]
+    if len(trials) < 2:
+        return ""
+    drawing, shown, total = figures.parameters(trials, findings.summary.best)
+    if not drawing:
+        return ""
+    few = f"{shown} of {total} genes, those whose rank goes most with the score. " if shown < total else ""
+    caption = f"{few}r is Spearman's rank correlation with the score; the ring is the best trial."
+    return _section(
+        "Genes against the score", _figure(drawing, "Each gene's value against the score", caption)
+    )
+
+
+def _failures(findings: Findings) -> str:
+    failed = [trial for trial in findings.trials if trial.state is State.FAILED]
+    if not failed:
+        return ""
+    reasons: dict[str, list[Trial]] = {}
+    for trial in failed:
+        reasons.setdefault(trial.error or "unknown", []).append(trial)
+    ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    rows = [
+        (
+            (
+                escape(reason if len(reason) <= 300 else reason[:299] + "…"),
+                str(len(trials)),
+                ", ".join(f"#{t.number}" for t in trials[:6]),
+            ),
+            False,
+        )
+        for reason, trials in ranked[:_FEW_FAILURES]
+    ]
+    more = (
+        f" The {len(ranked) - _FEW_FAILURES} rarer reasons are left out." if len(ranked) > len(rows) else ""
+    )
+    note = _note(f"A failed trial is a result too: the search went on.{more}")
+    return _section("Failures", note + _table(("reason", "trials", "which"), rows))
+
+
+def _recipe(findings: Findings) -> str:
+    best = findings.summary.best
+    if best is None:
+        return ""
+    parts = []
+    if findings.recipe:
+        text = "A mergekit configuration: mergekit-yaml makes the weights from it."
+        parts.append(_note(text) + f"<pre>{escape(findings.recipe.rstrip())}</pre>")
+    if best.params:
+        genes = escape(json.dumps(best.params, indent=2, ensure_ascii=False))
+        parts.append(f"<details><summary>Its genes</summary><pre>{genes}</pre></details>")
+    return _section(f"The recipe of the best, trial {best.number}", "\n".join(parts))
+
+
+def _cost(findings: Findings) -> str:
+    seconds = {stage: value for stage, value in findings.summary.seconds.items() if value > 0}
+    total = sum(seconds.values())
+    if not total:
+        return ""
+    bars, keys = [], []
+    for index, (stage, value) in enumerate(sorted(seconds.items(), key=lambda item: -item[1])):
+        colour = f"background:var(--{_COST_ROLES[min(index, len(_COST_ROLES) - 1)]})"
+        bars.append(f'<span style="flex:{value / total:.4f} 0 0;{colour}"></span>')
+        keys.append(
+            f'<li><span class="key" style="{colour}"></span>{escape(stage)} '
+            f"{duration(value)} ({100 * value / total:.0f}&nbsp;%)</li>"
+        )
+    body = f'<div class="bar" aria-hidden="true">{"".join(bars)}</div><ul class="keys">{"".join(keys)}</ul>'
+    return _section("Where the time went", body)
+
+
+def _reproduce(findings: Findings) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in findings.versions.items())
+    parts = [
+        _note("The genome as it was run, overrides included; save it as genome.yaml."),
+        f"<details><summary>genome.yaml</summary><pre>{escape(findings.genome_text().rstrip())}</pre></details>",
+        f"<pre>{escape(f'llmevo run genome.yaml --run-dir {findings.name}-again')}</pre>",
+    ]
+    if versions:
+        parts.append(_note(f"With {versions}."))
+    return _section("To run it again", "\n".join(parts))
