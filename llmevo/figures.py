@@ -140,7 +140,7 @@ def _dots(axes: Any, name: str, points: Sequence[Trial]) -> None:
     axes.scatter(
         numbers,
         values,
-        s=22,
+        s=32,
         marker=marker,
         color=svg.colour(role),
         edgecolor=svg.colour("paper"),
@@ -324,9 +324,9 @@ def parameters(trials: Sequence[Trial], best: Trial | None) -> tuple[str, int, i
             axes.set_visible(False)
         for axes, (name, points, rho) in zip(grid.flat, shown, strict=False):
             _cell(axes, points, best)
-            axes.set_title(_short(name, 28), fontsize=8.5, loc="left")
+            axes.set_title(_short(name, 26), fontsize=8.5, loc="left")
             if not math.isnan(rho):
-                text = f"rank r {rho:+.2f}".replace("-", "\N{MINUS SIGN}")
+                text = f"r {rho:+.2f}".replace("-", "\N{MINUS SIGN}")
                 axes.set_title(text, fontsize=8.5, loc="right", color=svg.colour("muted"))
             axes.grid(axis="y")
         figure.subplots_adjust(hspace=0.55, wspace=0.08)
@@ -349,5 +349,13 @@ def _cell(axes: Any, points: Sequence[tuple[Any, float, Trial]], best: Trial | N
         axes.scatter(xs, ys, s=11, marker=marker, color=svg.colour(role), alpha=0.75, linewidth=0)
     for x, (_, score, trial) in zip(values, points, strict=True):
         if best is not None and trial.number == best.number:
-            axes.scatter([x], [score], s=70, facecolor="none", edgecolor=svg.colour("ink"), linewidth=1.2)
+            axes.scatter(
+                [x],
+                [score],
+                s=70,
+                facecolor="none",
+                edgecolor=svg.colour("ink"),
+                linewidth=1.2,
+                clip_on=False,
+            )
     axes.locator_params(axis="y", nbins=4)

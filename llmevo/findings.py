@@ -254,7 +254,7 @@ class Findings:
             return f"Against the uniform merge it gains {span}."
         if sure < 0:
             return f"The uniform merge, which needs no search, is better: the evolved one differs by {span}."
-        return f"The uniform merge, which needs no search, cannot be told apart from it: the evolved one differs by {span}."
+        return f"The uniform merge, which needs no search, cannot be told apart: the difference is {span}."
 
     def genome_text(self) -> str:
         """The genome as it was run, overrides included, as YAML."""
