@@ -1,0 +1,241 @@
+"""The report: honest, self-contained, and safe to open whatever a model or an error is called."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from search_run import NASTY, finished
+
+from llmevo import card, figures, report, svg
+from llmevo.findings import Findings, load, number, signed
+from llmevo.trial import State, Trial
+
+pytest.importorskip("mergekit")
+pytest.importorskip("matplotlib")
+
+_VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Checker(HTMLParser):
+    """Notes tags that do not nest, ids given twice, and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src", "xlink:href"):
+                self.links.append(value or "")
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in _VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parsed(html: str) -> Checker:
+    checker = Checker()
+    checker.feed(html)
+    checker.close()
+    return checker
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    return load(finished(tmp_path_factory.mktemp("report")))
+
+
+@pytest.fixture(scope="module")
+def html(findings: Findings) -> str:
+    return report.render(findings)
+
+
+def test_the_file_is_well_formed_and_whole(html: str) -> None:
+    page = parsed(html)
+    assert not page.wrong
+    assert not page.open
+    assert len(page.ids) == len(set(page.ids))
+    text = " ".join(page.text)
+    for title in (
+        "The search",
+        "Held-out items",
+        "By task",
+        "Where the trials came from",
+        "Genes",
+        "Failures",
+    ):
+        assert title in text
+    assert "$" not in re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
+
+
+def test_nothing_comes_from_elsewhere(html: str) -> None:
+    page = parsed(html)
+    assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "base"})
+    assert all(link.startswith("#") for link in page.links)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    namespaces = set(re.findall(r'xmlns(?::\w+)?="([^"]*)"', html))
+    assert set(re.findall(r"https?://[^\s\"'<)]+", html)) <= namespaces
+    assert {target.split("#")[0] for target in re.findall(r"url\(([^)]*)\)", html)} <= {""}
+
+
+def test_names_and_errors_are_text(html: str, findings: Findings) -> None:
+    assert any(NASTY in (trial.error or "") for trial in findings.trials)
+    assert NASTY not in html
+    assert "<i>currency" not in html
+    text = " ".join(parsed(html).text)
+    assert NASTY in text
+    assert "currency</i>" in text
+
+
+def test_colours_follow_the_theme(html: str) -> None:
+    drawings = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+    assert "var(--ink)" in drawings
+    assert not {light for light, _ in svg.ROLES.values() if light in drawings}
+    for role in svg.ROLES:
+        assert html.count(f"--{role}:") == 2
+
+
+def test_a_gain_larger_than_the_noise_is_called_one(findings: Findings, html: str) -> None:
+    row = findings.winner
+    assert row is not None
+    assert row.interval is not None
+    assert row.interval.low > 0
+    assert findings.headline().startswith("The evolved merge beats the best parent by")
+    assert "more than the noise" in findings.verdict()
+    assert signed(row.interval.estimate) in html
+
+
+def test_a_gain_that_is_noise_is_not_called_one(tmp_path: Path) -> None:
+    findings = load(finished(tmp_path, gain=0.0))
+    row = findings.winner
+    assert row is not None
+    assert row.interval is not None
+    assert row.interval.low <= 0 <= row.interval.high
+    assert findings.summary.best is not None
+    assert findings.headline() == "No gain over the best parent that is larger than the noise"
+    assert "no gain larger than the noise" in findings.verdict()
+    assert findings.headline() in report.render(findings)
+
+
+def test_the_uniform_merge_is_compared_pair_by_pair(findings: Findings) -> None:
+    gap = findings.uniform_gap()
+    rows = {row.label: row.score for row in findings.summary.table}
+    evolved, uniform = rows["evolved"], rows["uniform"]
+    assert gap is not None
+    assert evolved is not None
+    assert uniform is not None
+    assert gap.estimate == pytest.approx(evolved.value - uniform.value)
+    assert gap.low < gap.estimate < gap.high
+
+
+def test_a_run_that_has_barely_begun_has_a_report(tmp_path: Path) -> None:
+    findings = load(finished(tmp_path, limit=1))
+    html = report.render(findings)
+    assert not parsed(html).wrong
+    assert "held-out items have not been scored" in html
+    assert "Best so far" in findings.headline()
+
+
+def test_minimising_turns_the_verdict_round(tmp_path: Path) -> None:
+    findings = load(finished(tmp_path, direction="minimize"))
+    lowest = min(t.value for t in findings.trials if t.value is not None)
+    assert findings.summary.best is not None
+    assert findings.summary.best.value == lowest
+    row = findings.winner
+    assert row is not None
+    assert row.interval is not None
+    sure = row.interval.high < 0
+    assert ("beats the best parent" in findings.headline()) == sure
+    assert not parsed(report.render(findings)).wrong
+
+
+def test_write_replaces_a_whole_file(findings: Findings, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    assert report.write(findings, path) == path
+    assert path.read_text(encoding="utf-8").endswith("</html>\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_same_run_gives_the_same_file(findings: Findings, html: str) -> None:
+    assert report.render(findings) == html
+
+
+def test_without_matplotlib_the_message_names_the_extra() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from llmevo import svg\n"
+        "from llmevo.errors import LlmevoError\n"
+        "try:\n    svg.pyplot()\nexcept LlmevoError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'llmevo[report]'" in done.stdout
+
+
+def test_labels_are_spread_only_as_far_as_they_collide() -> None:
+    assert figures._spread([1.0, 5.0], 0.5) == [1.0, 5.0]
+    close = figures._spread([2.0, 1.9, 2.1], 1.0)
+    assert close == pytest.approx([2.0, 1.0, 3.0], abs=1e-6)
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    from scipy.stats import spearmanr
+
+    pairs = [(0.1, 3.0), (0.4, 1.0), (0.4, 2.0), (0.9, 2.0), (1.2, 0.5)]
+    expected = spearmanr(*zip(*pairs, strict=True)).statistic
+    assert figures._rank_correlation(pairs) == pytest.approx(expected)
+    assert figures._rank_correlation([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]) == 0.0
+
+
+def test_the_card_has_the_evidence(findings: Findings) -> None:
+    best = findings.summary.best
+    assert best is not None
+    text = card.render(findings, best, "merge_method: ties\n", "my-merge")
+    assert text.startswith("---\nlibrary_name: transformers\n")
+    assert f"{findings.held_out_items()} held-out items" in text
+    assert "| evolved |" in text
+    assert findings.verdict() in text
+    assert "seed 2" in text
+    other = next(t for t in findings.trials if t.state is State.COMPLETE and t.number > 5 and t != best)
+    assert "was not scored on the held-out items" in card.render(findings, other, "", "my-merge")
+
+
+def test_numbers_keep_their_meaning() -> None:
+    assert number(0.5) == "0.5000"
+    assert number(-0.5) == "\N{MINUS SIGN}0.5000"
+    assert signed(0.25) == "+0.2500"
+    assert number(12345.678) == "1.235e+04"
+    assert number(0.00001) == "1e\N{MINUS SIGN}05"
+
+
+def test_records_are_the_trials_that_were_best(findings: Findings) -> None:
+    best: float | None = None
+    expected: list[Trial] = []
+    for trial in findings.trials:
+        if trial.value is not None and (best is None or trial.value > best):
+            best = trial.value
+            expected.append(trial)
+    assert findings.records() == {trial.number for trial in expected}
