@@ -7,6 +7,15 @@ from llmevo.findings import Findings, interval, number, percent, signed
 from llmevo.observer import Row
 from llmevo.trial import Trial
 
+_HEAD = """---
+library_name: transformers
+tags:
+- merge
+- mergekit
+- llmevo
+---
+"""
+
 
 def render(findings: Findings, trial: Trial, recipe: str, name: str) -> str:
     """The card as Markdown with the hub's YAML head.
@@ -24,14 +33,7 @@ def render(findings: Findings, trial: Trial, recipe: str, name: str) -> str:
     )
     models = "\n".join(f"- `{model}`" for model in findings.genome.genome.models)
     base = findings.genome.genome.base_model
-    return f"""---
-library_name: transformers
-tags:
-- merge
-- mergekit
-- llmevo
----
-# {name}
+    return f"""{_HEAD}# {name}
 
 A merge of language models, found by evolution with llmevo and computed by mergekit.
 It is trial {trial.number} of the run `{findings.name}`, proposed by `{trial.origin}`.

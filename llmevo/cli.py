@@ -102,6 +102,36 @@ def run(
     if dry_run:
         _preview(genome, folder, allow_benchmark_tasks, as_json)
         return
+    _search(genome, genome_path, folder, allow_benchmark_tasks, display, fresh, as_json)
+
+
+def _load(path: Path, overrides: Sequence[str]) -> Genome:
+    """The genome, with a proposer that exists."""
+    import difflib
+
+    from llmevo.genome import load
+    from llmevo.proposers import PROPOSERS
+
+    genome = load(path, overrides)
+    for key, name in (("proposer", genome.search.proposer), ("base", genome.search.base)):
+        if name not in PROPOSERS:
+            near = difflib.get_close_matches(name, PROPOSERS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise GenomeError(
+                f"{path}: `search.{key}` must be one of {', '.join(PROPOSERS)}, but got {name!r}.{hint}"
+            )
+    return genome
+
+
+def _search(
+    genome: Genome,
+    genome_path: Path,
+    folder: Path,
+    allow_benchmark_tasks: bool,
+    display: Literal["auto", "rich", "plain", "json", "none"],
+    fresh: bool,
+    as_json: bool,
+) -> None:
     from llmevo import runner
     from llmevo.display import RichDisplay, choose
     from llmevo.evaluate import check_tasks
@@ -123,24 +153,6 @@ def run(
 
         _print(end_of_run(findings))
     raise typer.Exit(summary.exit_code)
-
-
-def _load(path: Path, overrides: Sequence[str]) -> Genome:
-    """The genome, with a proposer that exists."""
-    import difflib
-
-    from llmevo.genome import load
-    from llmevo.proposers import PROPOSERS
-
-    genome = load(path, overrides)
-    for key, name in (("proposer", genome.search.proposer), ("base", genome.search.base)):
-        if name not in PROPOSERS:
-            near = difflib.get_close_matches(name, PROPOSERS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise GenomeError(
-                f"{path}: `search.{key}` must be one of {', '.join(PROPOSERS)}, but got {name!r}.{hint}"
-            )
-    return genome
 
 
 def _preview(genome: Genome, folder: Path, allow_benchmark_tasks: bool, as_json: bool) -> None:

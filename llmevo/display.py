@@ -284,7 +284,7 @@ class RichDisplay:
         parts = [f"{clock.done}/{clock.budget}"]
         if best is not None:
             parts.append(f"best {score_text(best)} (#{best.number} {best.origin})")
-        left = "" if clock.left is None else f", about {duration(clock.left)} left"
+        left = f", about {duration(clock.left)} left" if clock.left else ""
         parts.append(f"{duration(clock.elapsed)}{left}")
         scores = [trial.score.value for trial in self._trials.values() if trial.score is not None]
         width = max(self._console.width - 2, 1)
