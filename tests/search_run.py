@@ -13,7 +13,7 @@ import yaml
 
 from llmevo import genome as genomes
 from llmevo import runner
-from llmevo.display import NoDisplay
+from llmevo.cli.display import NoDisplay
 from llmevo.pipeline import Job, Outcome
 from llmevo.trial import Score
 

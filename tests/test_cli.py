@@ -20,7 +20,7 @@ from search_run import FunctionExecutor, finished, genome_data
 
 from llmevo import cli, runner
 from llmevo import genome as genomes
-from llmevo.display import JsonDisplay, PlainDisplay, RichDisplay, choose, sparkline
+from llmevo.cli.display import JsonDisplay, PlainDisplay, RichDisplay, choose, sparkline
 from llmevo.store import Store
 
 pytest.importorskip("mergekit")
@@ -159,7 +159,7 @@ def test_an_unforeseen_error_hides_its_traceback_until_asked(
     def fail(*_: object) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("llmevo.findings.load", fail)
+    monkeypatch.setattr("llmevo.report.findings.load", fail)
     called = llmevo("status", run_dir)
     assert called.code == 1
     assert one_line(called) == "error: RuntimeError: first line second line (-v shows where)"

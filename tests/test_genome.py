@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmevo import genome, yamltext
+from llmevo import genome
 from llmevo.errors import GenomeError
-from llmevo.genespec import ChoiceGene, FloatGene
+from llmevo.genome import yamltext
+from llmevo.genome.spec import ChoiceGene, FloatGene
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "genome: {models: [org/a, org/b], base_model: org/base}\ntasks: [one]\n"

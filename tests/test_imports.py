@@ -17,39 +17,24 @@ _ROOT = Path(llmevo.__file__).parent
 
 # From top to bottom. A module may import from rows below its own, and from its own unit; units that share
 # a row do not import each other. A package stands for all of its modules.
-ROWS: list[dict[str, list[str]]] = [
-    {"cli": ["cli", "console", "display", "preview", "card"]},
-    {"report": ["report", "figures", "svg", "findings"]},
-    {"runner": ["runner", "opening", "finals", "signals"]},
-    {"store": ["store", "migrations"], "executors": ["executors"], "observer": ["observer"]},
-    {"pipeline": ["pipeline"]},
-    {
-        "recipe": [
-            "recipe",
-            "recipe_labels",
-            "recipe_methods",
-            "recipe_read",
-            "recipe_space",
-            "recipe_write",
-        ],
-        "merge": ["merge"],
-        "evaluate": ["evaluate"],
-    },
-    {"optimizer": ["optimizer"]},
-    {"proposers": ["proposers"]},
-    {"llm": ["llm"]},
-    {"genome": ["genome", "genespec", "explain", "yamltext"], "strength": ["strength"], "stats": ["stats"]},
-    {"trial": ["trial"]},
-    {"space": ["space", "gene"]},
-    {"rundir": ["rundir"], "resources": ["resources"], "embedded": ["embedded"]},
-    {"errors": ["errors"]},
+ROWS: list[list[str]] = [
+    ["cli"],
+    ["report"],
+    ["runner"],
+    ["store", "executors"],
+    ["pipeline"],
+    ["recipe", "merge", "evaluate"],
+    ["optimizer"],
+    ["proposers"],
+    ["llm"],
+    ["genome", "strength", "stats"],
+    ["trial"],
+    ["space", "gene"],
+    ["rundir", "resources", "embedded"],
+    ["errors"],
 ]
-_PLACES = {
-    module: (level, unit)
-    for level, row in enumerate(ROWS)
-    for unit, modules in row.items()
-    for module in modules
-}
+_UNITS = {"gene": "space"}  # modules that belong to another's unit
+_PLACES = {name: (level, _UNITS.get(name, name)) for level, row in enumerate(ROWS) for name in row}
 HEAVY = ("torch", "ray", "wandb", "optuna", "transformers", "scipy", "pydantic", "openai", "typer", "rich")
 
 

@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmevo import genome, recipe, recipe_methods
+from llmevo import genome, recipe
 from llmevo.errors import GenomeError, SpaceError, StageError
+from llmevo.recipe import methods as recipe_methods
 from llmevo.space import Categorical, Float
 
 ROOT = Path(__file__).resolve().parent.parent

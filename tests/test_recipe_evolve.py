@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmevo import genome, recipe, recipe_methods
+from llmevo import genome, recipe
 from llmevo.errors import GenomeError, StageError
-from llmevo.recipe_methods import EVOLVE
+from llmevo.recipe import methods as recipe_methods
+from llmevo.recipe.methods import EVOLVE
 
 LAYERS = 6
 

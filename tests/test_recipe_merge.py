@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmevo import genome, recipe, recipe_methods
+from llmevo import genome, recipe
+from llmevo.recipe import methods as recipe_methods
 
 pytestmark = pytest.mark.slow
 

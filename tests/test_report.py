@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from search_run import NASTY, finished
 
-from llmevo import card, figures, report, svg
-from llmevo.findings import Findings, load, number, signed
+from llmevo import report
+from llmevo.cli import card
+from llmevo.report import figures, svg
+from llmevo.report.findings import Findings, load, number, signed
 from llmevo.trial import State, Trial
 
 pytest.importorskip("mergekit")

@@ -23,8 +23,8 @@ from llmevo import genome as genomes
 from llmevo import runner
 from llmevo.errors import GenomeError, ProposerError, RunLockedError, StoreError
 from llmevo.genome import Genome
-from llmevo.observer import RunInfo, RunSummary
 from llmevo.pipeline import Job, Outcome
+from llmevo.runner.observer import RunInfo, RunSummary
 from llmevo.store import Store
 from llmevo.trial import Score, State, Trial
 

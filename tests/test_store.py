@@ -18,12 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmevo import migrations
 from llmevo.errors import RunLockedError, StoreError
 from llmevo.genome import Genome
 from llmevo.pipeline import Outcome
 from llmevo.rundir import move_aside, write_atomic
-from llmevo.store import DATABASE, Store
+from llmevo.store import DATABASE, Store, migrations
 from llmevo.trial import Score, State, Trial
 
 TEXT = "genome: {models: [a, b]}  # verbatim, with a comment: ä\ntasks: [{name: t}]\n"

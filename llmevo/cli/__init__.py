@@ -18,8 +18,8 @@ import typer
 from llmevo.errors import GenomeError, LlmevoError, SpaceError, TrialError
 
 if TYPE_CHECKING:
-    from llmevo.findings import Findings
     from llmevo.genome import Genome
+    from llmevo.report.findings import Findings
     from llmevo.trial import Trial
 
 app = typer.Typer(
@@ -133,9 +133,9 @@ def _search(
     as_json: bool,
 ) -> None:
     from llmevo import runner
-    from llmevo.display import RichDisplay, choose
+    from llmevo.cli.display import RichDisplay, choose
     from llmevo.evaluate import check_tasks
-    from llmevo.findings import load
+    from llmevo.report.findings import load
 
     check_tasks(genome, allow_benchmark_tasks)
     observer = choose(display)
@@ -149,16 +149,16 @@ def _search(
     if as_json:
         _print_json(findings.to_json())
     else:
-        from llmevo.console import end_of_run
+        from llmevo.cli.console import end_of_run
 
         _print(end_of_run(findings))
     raise typer.Exit(summary.exit_code)
 
 
 def _preview(genome: Genome, folder: Path, allow_benchmark_tasks: bool, as_json: bool) -> None:
-    from llmevo.console import preview_text
+    from llmevo.cli.console import preview_text
+    from llmevo.cli.preview import preview
     from llmevo.evaluate import check_tasks
-    from llmevo.preview import preview
     from llmevo.recipe import num_layers
 
     check_tasks(genome, allow_benchmark_tasks)
@@ -210,8 +210,8 @@ def validate(
 @app.command()
 def status(run_path: RunPath, as_json: Json = False, verbose: Verbose = False) -> None:
     """Say where a run stands; also while it goes on."""
-    from llmevo import console
-    from llmevo.findings import load
+    from llmevo.cli import console
+    from llmevo.report.findings import load
 
     findings = load(run_path)
     if as_json:
@@ -228,8 +228,8 @@ def show(
     verbose: Verbose = False,
 ) -> None:
     """Show one trial: score, tasks, genes, recipe."""
-    from llmevo import console
-    from llmevo.findings import load
+    from llmevo.cli import console
+    from llmevo.report.findings import load
 
     findings = load(run_path)
     trial = _trial(findings, number)
@@ -243,8 +243,8 @@ def show(
 @app.command()
 def best(run_path: RunPath, as_json: Json = False, verbose: Verbose = False) -> None:
     """Print the best trial's recipe, a mergekit configuration."""
-    from llmevo.display import score_text
-    from llmevo.findings import load, trial_json
+    from llmevo.cli.display import score_text
+    from llmevo.report.findings import load, trial_json
 
     findings = load(run_path)
     trial = _trial(findings, None)
@@ -268,9 +268,9 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Write a trial's weights, tokenizer and a model card with the evidence."""
-    from llmevo import card
-    from llmevo.findings import load
+    from llmevo.cli import card
     from llmevo.merge import export as write
+    from llmevo.report.findings import load
 
     findings = load(run_path)
     trial = _trial(findings, number)
@@ -294,7 +294,7 @@ def report(
 ) -> None:
     """Write one HTML file about a run, with its figures inside."""
     from llmevo import report as reports
-    from llmevo.findings import load
+    from llmevo.report.findings import load
 
     findings = load(run_path)
     path = reports.write(findings, out or run_path / "report.html")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from llmevo import svg
+from llmevo.report import svg
 from llmevo.trial import State, Trial
 
 _SERIES: dict[str, tuple[str, str]] = {  # family of origins -> role, marker

@@ -17,21 +17,21 @@ from typing import Any, final
 
 import yaml
 
-from llmevo import finals, opening
 from llmevo.errors import ProposerError
 from llmevo.executors import Executor
 from llmevo.executors.local import LocalExecutor
-from llmevo.finals import summarise as summarise
 from llmevo.genome import Genome
-from llmevo.observer import Observer as Observer
-from llmevo.observer import Row as Row
-from llmevo.observer import RunInfo as RunInfo
-from llmevo.observer import RunSummary as RunSummary
 from llmevo.optimizer import Optimizer
 from llmevo.pipeline import Job, Outcome, Split
 from llmevo.recipe import Recipes, num_layers
 from llmevo.rundir import write_atomic
-from llmevo.signals import Interrupted, Stop
+from llmevo.runner import finals, opening
+from llmevo.runner.finals import summarise as summarise
+from llmevo.runner.observer import Observer as Observer
+from llmevo.runner.observer import Row as Row
+from llmevo.runner.observer import RunInfo as RunInfo
+from llmevo.runner.observer import RunSummary as RunSummary
+from llmevo.runner.signals import Interrupted, Stop
 from llmevo.store import Store
 from llmevo.trial import State, Trial
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
 from llmevo.errors import StageError
-from llmevo.recipe_methods import Method
+from llmevo.recipe.methods import Method
 from llmevo.space import Value
 
 Key: TypeAlias = tuple[str, str | None]  # parameter, and model or None for a shared one

@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llmevo.display import score_text
-from llmevo.findings import Findings, duration, interval, number, percent, signed
-from llmevo.observer import Row
-from llmevo.preview import Preview
+from llmevo.cli.display import score_text
+from llmevo.cli.preview import Preview
+from llmevo.report.findings import Findings, duration, interval, number, percent, signed
+from llmevo.runner.observer import Row
 from llmevo.space import Categorical, Gene, Space
 from llmevo.trial import State, Trial
 

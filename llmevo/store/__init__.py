@@ -28,12 +28,12 @@ from typing import Any, final
 
 from pydantic import ValidationError
 
-from llmevo import migrations
 from llmevo.errors import StoreError
 from llmevo.genome import Genome
 from llmevo.pipeline import Outcome
 from llmevo.rundir import lock as lock_directory
 from llmevo.rundir import write_atomic
+from llmevo.store import migrations
 from llmevo.trial import Score, State, Trial
 
 DATABASE = "run.db"

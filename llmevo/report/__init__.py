@@ -14,9 +14,9 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from llmevo import figures, svg
-from llmevo.findings import Findings, duration, interval, number, percent, signed
-from llmevo.observer import Row
+from llmevo.report import figures, svg
+from llmevo.report.findings import Findings, duration, interval, number, percent, signed
+from llmevo.runner.observer import Row
 from llmevo.trial import Score, State, Trial
 
 _COST_ROLES = ("blue", "vermillion", "green", "purple", "sky", "yellow", "muted")
@@ -42,7 +42,7 @@ def render(findings: Findings) -> str:
     Raises:
         LlmevoError: matplotlib is not installed.
     """
-    template = Template(files("llmevo").joinpath("report.html").read_text(encoding="utf-8"))
+    template = Template(files("llmevo.report").joinpath("report.html").read_text(encoding="utf-8"))
     sections = [
         _progress(findings),
         _held_out(findings),

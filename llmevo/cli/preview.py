@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from llmevo import opening
 from llmevo.errors import LlmevoError
-from llmevo.findings import duration
 from llmevo.genome import Genome
 from llmevo.optimizer import Optimizer
 from llmevo.recipe import Recipes, Reference
+from llmevo.report.findings import duration
+from llmevo.runner import opening
 from llmevo.space import Space
 from llmevo.store import DATABASE, Store
 from llmevo.trial import State, Trial

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmevo.display import score_text
-from llmevo.findings import Findings, interval, number, percent, signed
-from llmevo.observer import Row
+from llmevo.cli.display import score_text
+from llmevo.report.findings import Findings, interval, number, percent, signed
+from llmevo.runner.observer import Row
 from llmevo.trial import Trial
 
 _HEAD = """---

@@ -15,14 +15,14 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from llmevo import recipe_methods
 from llmevo.errors import GenomeError
 from llmevo.genome import Genome, MergeSpec
-from llmevo.recipe_labels import labels, num_layers
-from llmevo.recipe_methods import EVOLVE, Method
-from llmevo.recipe_read import read_params
-from llmevo.recipe_space import SpacePlan, chooses_pairs, layout_of, slerp_models
-from llmevo.recipe_write import Grid, Grids, Key, Layout, value_at, write, write_slerp
+from llmevo.recipe import methods as recipe_methods
+from llmevo.recipe.labels import labels, num_layers
+from llmevo.recipe.methods import EVOLVE, Method
+from llmevo.recipe.read import read_params
+from llmevo.recipe.space import SpacePlan, chooses_pairs, layout_of, slerp_models
+from llmevo.recipe.write import Grid, Grids, Key, Layout, value_at, write, write_slerp
 from llmevo.space import Params, Value
 
 __all__ = ["Recipes", "Reference", "labels", "num_layers"]

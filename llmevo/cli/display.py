@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from llmevo.findings import duration, number, signed, trial_json
-from llmevo.observer import Observer, RunInfo, RunSummary
+from llmevo.report.findings import duration, number, signed, trial_json
+from llmevo.runner.observer import Observer, RunInfo, RunSummary
 from llmevo.trial import State, Trial
 
 Choice: TypeAlias = Literal["auto", "rich", "plain", "json", "none"]

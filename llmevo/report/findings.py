@@ -11,9 +11,9 @@ from typing import Any, final
 
 from llmevo import genome as genomes
 from llmevo.errors import StatsError
-from llmevo.finals import summarise
 from llmevo.genome import Genome
-from llmevo.observer import Row, RunSummary
+from llmevo.runner.finals import summarise
+from llmevo.runner.observer import Row, RunSummary
 from llmevo.stats import Interval, paired_difference
 from llmevo.store import Store
 from llmevo.trial import Score, State, Trial

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from llmevo import yamltext
 from llmevo.errors import GenomeError
-from llmevo.explain import explain
-from llmevo.genespec import Methods, ModelSetting, Spec, Warm
+from llmevo.genome import yamltext
+from llmevo.genome.explain import explain
+from llmevo.genome.spec import Methods, ModelSetting, Spec, Warm
 
 
 class MergeSpec(Spec):

@@ -28,7 +28,7 @@ from typing import Any, Literal, final
 from pydantic import ValidationError
 
 from llmevo.errors import GenomeError
-from llmevo.genespec import ChoiceGene, FloatGene, IntGene
+from llmevo.genome.spec import ChoiceGene, FloatGene, IntGene
 from llmevo.space import Categorical, Float, Gene
 
 # What mergekit-evolve searches, in the order of its arrays' last axis (evo/genome.py, METHOD_PARAM_MAPS).

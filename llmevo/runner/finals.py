@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from llmevo.errors import StatsError
-from llmevo.observer import Row, RunSummary
 from llmevo.proposers import Direction
+from llmevo.runner.observer import Row, RunSummary
 from llmevo.stats import Interval, paired_difference
 from llmevo.store import HoldoutRow, Store
 from llmevo.trial import Score, Trial

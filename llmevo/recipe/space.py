@@ -8,13 +8,13 @@ from typing import TypeAlias, final
 
 import numpy as np
 
-from llmevo import recipe_methods
 from llmevo.errors import GenomeError
-from llmevo.genespec import ChoiceGene, FloatGene, IntGene
 from llmevo.genome import Genome, MergeSpec
-from llmevo.recipe_labels import labels, resolve_label
-from llmevo.recipe_methods import GROUPED, Method, Parameter
-from llmevo.recipe_write import Key, Layout
+from llmevo.genome.spec import ChoiceGene, FloatGene, IntGene
+from llmevo.recipe import methods as recipe_methods
+from llmevo.recipe.labels import labels, resolve_label
+from llmevo.recipe.methods import GROUPED, Method, Parameter
+from llmevo.recipe.write import Key, Layout
 from llmevo.space import Categorical, Condition, Float, Gene, Int, Space, Value
 
 

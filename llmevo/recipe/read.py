@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from llmevo.errors import GenomeError, SpaceError, StageError
-from llmevo.recipe_methods import Method
-from llmevo.recipe_space import Cells
-from llmevo.recipe_write import Key, Layout
+from llmevo.recipe.methods import Method
+from llmevo.recipe.space import Cells
+from llmevo.recipe.write import Key, Layout
 from llmevo.space import Params, Space
 
 # The tensors of a layer in Llama's names, which mergekit's filters are written for.
