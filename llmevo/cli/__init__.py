@@ -327,10 +327,9 @@ def _recipe(findings: Findings, trial: Trial) -> dict[str, Any]:
 
 
 def _yaml(recipe: dict[str, Any]) -> str:
-    import yaml
+    from llmevo.genome.yamltext import dump
 
-    text: str = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    return text
+    return dump(recipe)
 
 
 def _version(value: bool) -> None:

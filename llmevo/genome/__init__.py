@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from llmevo.errors import GenomeError
@@ -353,7 +352,7 @@ def _recipe(entry: str | dict[str, Any], name: str, folder: Path) -> dict[str, A
 
 def dump(genome: Genome) -> str:
     """YAML with every key written out; `parse` gives an equal Genome back."""
-    return yaml.safe_dump(_plain(genome), sort_keys=False, allow_unicode=True, width=100)
+    return yamltext.dump(_plain(genome))
 
 
 def fingerprint(genome: Genome) -> str:

@@ -45,11 +45,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+@final
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper; it quotes a string that `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def _check(node: yaml.Node, path: str, sizes: dict[int, int]) -> int:
@@ -117,6 +123,12 @@ def parse(text: str, source: str) -> Any:
         raise GenomeError(f"{source}{where}: this is not YAML: {error.problem or error.context}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise GenomeError(f"{source}: this is not YAML: {' '.join(str(error).split())}.") from None
+
+
+def dump(data: Any) -> str:
+    """YAML text in the order of `data`; `parse` gives the same data back."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
 
 
 def override(data: Any, assignments: Sequence[str]) -> Any:

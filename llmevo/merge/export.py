@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmevo.errors import GenomeError
+from llmevo.genome import yamltext
 from llmevo.merge import weights
 from llmevo.merge.references import Located, locate, names, plain_reference, substitute
 
@@ -76,7 +75,7 @@ def export(
     adapted = Path(tempfile.mkdtemp(prefix=f".{out.name}-adapters-", dir=out.parent))
     try:
         _merge(recipe, located, beside, adapted, seed=seed, device=device)
-        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        text = yamltext.dump(recipe)
         (beside / "mergekit_config.yml").write_text(text, encoding="utf-8")
         (beside / "README.md").write_text(card or _own_card(recipe, out.name, text), encoding="utf-8")
         _publish(beside, out)

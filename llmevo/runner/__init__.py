@@ -15,12 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
-import yaml
-
 from llmevo.errors import ProposerError
 from llmevo.executors import Executor
 from llmevo.executors.local import LocalExecutor
-from llmevo.genome import Genome
+from llmevo.genome import Genome, yamltext
 from llmevo.optimizer import Optimizer
 from llmevo.pipeline import Job, Outcome, Split
 from llmevo.recipe import Recipes, num_layers
@@ -306,7 +304,7 @@ class _Sitting:
         return recipe
 
     def _save_best(self, best: Trial) -> None:
-        text = yaml.safe_dump(self.recipe(best), sort_keys=False, allow_unicode=True)
+        text = yamltext.dump(self.recipe(best))
         write_atomic(self.store.run_dir / "best" / "recipe.yaml", text)
 
     def _drive(self, jobs: Iterable[Job], arrived: Callable[[Outcome], None]) -> None:
