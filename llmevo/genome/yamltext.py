@@ -127,8 +127,14 @@ def parse(text: str, source: str) -> Any:
 
 def dump(data: Any) -> str:
     """YAML text in the order of `data`; `parse` gives the same data back."""
-    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-    return text
+
+    def written(unicode: bool) -> str:
+        text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=unicode, width=100)
+        return text
+
+    text = written(unicode=True)
+    # PyYAML folds these rare line breaks where they stand for themselves; escaped they survive.
+    return written(unicode=False) if any(char in text for char in "\x85\u2028\u2029\ufeff") else text
 
 
 def override(data: Any, assignments: Sequence[str]) -> Any:
