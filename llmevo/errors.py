@@ -9,7 +9,12 @@
     ├── GenomeError       the YAML file, or what it names, is wrong
     ├── StageError        a stage of the pipeline failed; a trial's failure, not the run's
     ├── ProposerError     a proposer cannot go on
-    │   └── LLMError      a language model's endpoint did not serve
+    │   └── LLMError      a language model did not serve, for a reason that has no class of its own
+    │       ├── LLMTransportError  it was not reached, not in time, or only with server errors
+    │       ├── LLMAuthError       the key is missing or refused
+    │       ├── LLMQuotaError      the account is out of quota
+    │       ├── LLMBudgetError     our own limit of calls, tokens or dollars is reached
+    │       └── LLMContentError    five answers in a row could not be used
     └── StoreError        the run directory cannot be used
         └── RunLockedError   another process drives this run
 
@@ -59,7 +64,27 @@ class ProposerError(LlmevoError):
 
 
 class LLMError(ProposerError):
-    """A language model's endpoint refused, timed out or could not be reached."""
+    """A language model does not serve: the request was refused, or for a reason with a class below."""
+
+
+class LLMTransportError(LLMError):
+    """The endpoint was not reached, not in time, or gave only server errors or rate limits."""
+
+
+class LLMAuthError(LLMError):
+    """The key is missing or refused."""
+
+
+class LLMQuotaError(LLMError):
+    """The account behind the key is out of quota."""
+
+
+class LLMBudgetError(LLMError):
+    """A limit of the run (`llm.max_calls`, `llm.max_total_tokens` or `llm.max_usd`) leaves no room."""
+
+
+class LLMContentError(LLMError):
+    """The language model answers, but five answers in a row could not be used."""
 
 
 class StoreError(LlmevoError):

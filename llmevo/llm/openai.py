@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import openai
 import tenacity
 
-from llmevo.errors import LLMError
+from llmevo.errors import LLMAuthError, LLMError, LLMQuotaError, LLMTransportError
 from llmevo.llm import Attempt, Reply, Request, Usage
 
 MODES = ("json_schema", "json_object_schema", "json_object", "text")
@@ -38,6 +38,7 @@ _VALIDATION = re.compile(
 )
 # A refusal that no other response format would change.
 _HOPELESS = re.compile(r"api.?key|context.?length|maximum context|does not exist|model_not_found", re.I)
+_KEY = re.compile(r"api.?key", re.I)  # Gemini's endpoint refuses a key with 400
 _OFFICIAL = "https://api.openai.com/v1"
 
 
@@ -59,7 +60,7 @@ class OpenAIChat:
         reason: Why this client was chosen, for `describe`.
 
     Raises:
-        LLMError: The key is missing.
+        LLMAuthError: The key is missing.
     """
 
     small = False
@@ -86,7 +87,7 @@ class OpenAIChat:
         if key_required is None:
             key_required = self.base_url == _OFFICIAL
         if not key and key_required:
-            raise LLMError(
+            raise LLMAuthError(
                 f"the environment variable `{api_key_env}` must hold the key of {self._host}, but is empty; "
                 f"set it, name another one in `llm.api_key_env`, or use `llm.backend: local`."
             )
@@ -127,8 +128,10 @@ class OpenAIChat:
         """Ask the model once; retries and the ladder happen inside.
 
         Raises:
-            LLMError: The endpoint could not be reached in time, refused the key or the request in every form,
-                or is out of quota.
+            LLMTransportError: The endpoint could not be reached in time.
+            LLMAuthError: It refused the key.
+            LLMQuotaError: The account is out of quota.
+            LLMError: It refused the request in every form.
         """
         call = _Call(time.monotonic(), [])
         modes = MODES[self._mode :] if request.schema is not None else ("none",)
@@ -238,17 +241,19 @@ class OpenAIChat:
 
     def _error(self, error: openai.OpenAIError, call: _Call) -> LLMError:
         status = getattr(error, "status_code", None)
+        kind: type[LLMError] = LLMTransportError
         remedy = "try again later: the run can be resumed"
-        if status in (401, 403):
+        if status in (401, 403) or (status == 400 and _KEY.search(str(getattr(error, "body", "")))):
+            kind = LLMAuthError
             remedy = f"check the key in the environment variable `{self._variable}`"
         elif _out_of_quota(error):
+            kind = LLMQuotaError
             remedy = "the account is out of quota: top it up, then resume the run"
-        elif status in (400, 404, 422):
+        elif _permanent(error):
+            kind = LLMError
             remedy = "check `llm.model` and `llm.base_url`"
         requests = f"{len(call.attempts)} request" + "s" * (len(call.attempts) != 1)
-        return LLMError(
-            f"{self.model} at {self._host} failed after {requests}: {self._brief(error)}; {remedy}."
-        )
+        return kind(f"{self.model} at {self._host} failed after {requests}: {self._brief(error)}; {remedy}.")
 
 
 class _Call:
@@ -282,7 +287,16 @@ def unbounded(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _out_of_quota(error: BaseException | None) -> bool:
+    if isinstance(error, openai.APIStatusError) and error.status_code == 402:  # OpenRouter's way to say it
+        return True
     return isinstance(error, openai.RateLimitError) and "insufficient_quota" in str(error.body)
+
+
+def _permanent(error: openai.OpenAIError) -> bool:
+    """Whether the same request will not be served later either."""
+    if not isinstance(error, openai.APIStatusError):
+        return False
+    return _validation(error) or (error.status_code < 500 and error.status_code not in (408, 409, 429))
 
 
 def _validation(error: BaseException) -> bool:
