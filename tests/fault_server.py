@@ -29,6 +29,8 @@ class Answer:
     delay: float = 0.0
     reset: bool = False
     cut: int | None = None  # bytes of the body that are sent before the connection closes
+    pace: float = 0.0  # seconds before each byte of the body
+    repeat: int = 1  # how often the body is sent, one after the other
 
 
 Step = Callable[[dict[str, Any]], Answer]
@@ -50,6 +52,7 @@ class FaultServer:
     def __init__(self, script: list[Step]) -> None:
         self.script = script
         self.requests: list[Seen] = []
+        self.sent = 0  # bytes of bodies that clients took
         self.lock = threading.Lock()
         outer = self
 
@@ -91,12 +94,25 @@ class FaultServer:
             handler.send_response(answer.status)
             for name, value in {"content-type": "application/json", **answer.headers}.items():
                 handler.send_header(name, value)
-            handler.send_header("content-length", str(len(answer.body)))
+            handler.send_header("content-length", str(len(answer.body) * answer.repeat))
             handler.end_headers()
-            handler.wfile.write(answer.body[: answer.cut])
+            for part in self.parts(answer):
+                handler.wfile.write(part)
+                self.sent += len(part)
             if answer.cut is not None:
                 handler.wfile.flush()
                 handler.close_connection = True
+
+    @staticmethod
+    def parts(answer: Answer) -> Iterator[bytes]:
+        """The body as it goes over the wire."""
+        body = answer.body[: answer.cut]
+        if not answer.pace:
+            yield from (body for _ in range(answer.repeat))
+            return
+        for place in range(len(body)):
+            time.sleep(answer.pace)
+            yield body[place : place + 1]
 
 
 @contextlib.contextmanager
@@ -162,6 +178,16 @@ def reset() -> Step:
 def hang(seconds: float) -> Step:
     """No answer for so long."""
     return lambda request: Answer(body=completion("late"), delay=seconds)
+
+
+def trickle(content: str, pace: float, status: int = 200) -> Step:
+    """A body that comes byte by byte: each in time for a read timeout, the whole of it never."""
+    return lambda request: Answer(status, completion(content), pace=pace)
+
+
+def huge(megabytes: int) -> Step:
+    """A reply of so many megabytes of opening brackets, the slowest thing there is for a JSON parser."""
+    return lambda request: Answer(body=b"[{" * 500_000, repeat=megabytes)
 
 
 def only(kind: str | None, status: int, message: str, content: str) -> Step:

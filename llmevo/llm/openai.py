@@ -18,6 +18,7 @@ import math
 import os
 import re
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any, final
 from urllib.parse import urlsplit
@@ -26,7 +27,7 @@ import openai
 import tenacity
 
 from llmevo.errors import LLMAuthError, LLMError, LLMQuotaError, LLMTransportError
-from llmevo.llm import Attempt, Reply, Request, Usage
+from llmevo.llm import Attempt, Reply, Request, Usage, bounded
 
 MODES = ("json_schema", "json_object_schema", "json_object", "text")
 _BOUNDS = frozenset(
@@ -102,7 +103,11 @@ class OpenAIChat:
         self._mode = 0
         self._dropped: set[str] = set()
         # The key lives in the SDK's client alone; a server without keys takes any.
-        self._client = openai.OpenAI(api_key=key or "none", base_url=self.base_url, max_retries=0)
+        http = bounded.client()
+        weakref.finalize(self, http.close)  # the SDK closes only clients that it made
+        self._client = openai.OpenAI(
+            api_key=key or "none", base_url=self.base_url, max_retries=0, http_client=http
+        )
 
     @property
     def _host(self) -> str:
@@ -338,7 +343,10 @@ def _reply(body: str, model: str, mode: str, call: _Call) -> Reply:
     except (ValueError, RecursionError):
         data = None
     data = data if isinstance(data, dict) else {}
-    text, finish = "", "empty" if data else "malformed"
+    text, finish = (
+        "",
+        "empty" if data else "length" if len(body.encode()) >= bounded.MOST_BYTES else "malformed",
+    )
     choices = data.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
         message = choices[0].get("message")
