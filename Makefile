@@ -3,17 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The llama.cpp server has an environment of its own: it is compiled, and nothing else here needs it.
+SERVERS := .venv-servers
 
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test quick check setup clean help
+.PHONY: run test test-servers quick check setup clean help
 
 help:
 	@echo "make run    the quickstart: evolve a merge of SmolLM2 experts and show what came out"
 	@echo "make test   every test, real models and kill -9 included"
 	@echo "make quick  the everyday tests"
+	@echo "make test-servers  compile llama-cpp-python (minutes) and test against its real server"
 	@echo "make check  ruff and mypy"
 
 setup: $(STAMP)
@@ -42,5 +45,15 @@ test: setup
 quick: setup
 	$(BIN)/python -m pytest -m "not slow"
 
+# One compiler at a time: each takes a gigabyte and a core.
+$(SERVERS)/.installed:
+	test -x $(SERVERS)/bin/python || $(PYTHON) -m venv $(SERVERS)
+	CMAKE_BUILD_PARALLEL_LEVEL=$${CMAKE_BUILD_PARALLEL_LEVEL:-1} $(SERVERS)/bin/python -m pip install \
+		--disable-pip-version-check "llama-cpp-python[server]==0.3.36"
+	touch $@
+
+test-servers: setup $(SERVERS)/.installed
+	LLMEVO_SERVER_PYTHON=$(SERVERS)/bin/python $(BIN)/python -m pytest tests/servers
+
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SERVERS) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
