@@ -27,8 +27,7 @@ import quickstart_data as data
 import quickstart_experts as experts
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED = 0
-
+SEED = 1  # of the facts' split; the settings were chosen on that of seed 0
 
 RUN = "runs/quickstart"
 
@@ -49,7 +48,7 @@ class Size:
     overrides: tuple[str, ...] = ()
 
 
-FULL = Size(train=1000, asked=640)
+FULL = Size(train=1000, asked=480)
 SMOKE = Size(train=32, asked=16, overrides=("search.trials=10", "search.warmup=1"))
 
 

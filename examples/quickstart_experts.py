@@ -2,7 +2,7 @@
 
 Each answer is one token, so that only the last position's logits are needed, and of these only the subject's
 answers: an expert learns which word of a kind is right, not that such a word is asked for. All of it is in
-float32, which is faster than bfloat16 on most CPUs.
+float32: many CPUs multiply that faster than bfloat16.
 """
 
 from __future__ import annotations

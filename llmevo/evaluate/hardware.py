@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING
 
 from llmevo.errors import GenomeError
@@ -47,9 +49,10 @@ def device(spec: EvaluateSpec) -> torch.device:
 def dtype(spec: EvaluateSpec, on: torch.device) -> torch.dtype:
     """The precision that `evaluate.dtype` names.
 
-    `auto` is bfloat16 where the hardware multiplies it (CUDA from Ampere on; CPUs with AVX512-BF16 or AMX,
-    where it is about three times as fast as float32), else float32. One precision serves a whole run:
-    bfloat16 moves log-probabilities by up to 0.1, which flips near-ties.
+    `auto` is bfloat16 on CUDA from Ampere on, and on a CPU that multiplies it faster than float32, else
+    float32. CPUs are timed, for their flags do not tell: with AMX bfloat16 is about three times as fast, with
+    AVX512-BF16 alone it was measured at 0.6 times. One precision serves a whole run (the runner keeps the
+    choice): bfloat16 moves log-probabilities by up to 0.1, which flips near-ties.
     """
     import torch
 
@@ -59,7 +62,24 @@ def dtype(spec: EvaluateSpec, on: torch.device) -> torch.dtype:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif on.type == "cpu":
         has = torch.cpu.get_capabilities()
-        fast = bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("amx_tile"))
+        fast = bool(has.get("avx512_bf16") or has.get("amx_bf16") or has.get("amx_tile")) and _gain() > 1.2
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
+
+
+def _gain() -> float:
+    """How many times as fast as float32 this CPU multiplies matrices of a small model in bfloat16."""
+    import torch
+
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    with torch.inference_mode():
+        pairs = {
+            kind: (torch.ones(512, 1024, dtype=kind), torch.ones(1024, 1024, dtype=kind)) for kind in best
+        }
+        for _ in range(8):  # alternating, and the fastest of each: another process slows down both alike
+            for kind, (rows, weight) in pairs.items():
+                start = time.perf_counter()
+                torch.nn.functional.linear(rows, weight)
+                best[kind] = min(best[kind], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]

@@ -121,7 +121,8 @@ class _Workers:
         if self._executor is None:
             spec = self._genome.run
             log = self._store.run_dir / "workers.log"
-            self._executor = LocalExecutor(self._genome, spec.workers, spec.timeout, log=log)
+            genome = opening.settled(self._genome, self._store)
+            self._executor = LocalExecutor(genome, spec.workers, spec.timeout, log=log)
         return self._executor
 
     def ready(self, stop: Stop) -> Executor:

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from llmevo import evaluate
 from llmevo.errors import StoreError
 from llmevo.genome import Genome, SearchSpec, resumable_difference
 from llmevo.llm import DescribedClient, client_from
@@ -52,6 +53,22 @@ def open_store(path: Path, genome: Genome, genome_text: str, fresh: bool) -> tup
         store.close()
         raise
     return store, None
+
+
+def settled(genome: Genome, store: Store) -> Genome:
+    """`genome` with the precision that the run's first sitting chose where it says `auto`.
+
+    Scores in two precisions are not comparable, and the choice is a measurement: another worker or a resumed
+    run could measure otherwise.
+    """
+    spec = genome.evaluate
+    if spec.dtype != "auto":
+        return genome
+    chosen = store.meta("dtype")
+    if chosen is None:
+        chosen = str(evaluate.dtype(spec, evaluate.device(spec))).removeprefix("torch.")
+        store.set_meta("dtype", chosen)
+    return genome.model_copy(update={"evaluate": spec.model_copy(update={"dtype": chosen})})
 
 
 def batch(search: SearchSpec, space: Space) -> int:
