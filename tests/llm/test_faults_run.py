@@ -1,0 +1,427 @@
+"""Whole runs against an endpoint that fails in every way we know of: requests, seconds, labels, resumption.
+
+The endpoint is a real HTTP server, the search, store and proposers are the real ones; only the merged models
+are replaced by a function of the weights. Each outage must stop the run before it costs an evaluation, and a
+run that goes on after it must end with the trials of one that was never disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from fault_server import (
+    FaultServer,
+    Step,
+    error,
+    hang,
+    huge,
+    ok,
+    raw,
+    reset,
+    serving,
+    trickle,
+)
+from search_run import FunctionExecutor, genome_data
+
+from llmevo import genome as genomes
+from llmevo import runner
+from llmevo.llm.encode import encode
+from llmevo.recipe import Recipes
+from llmevo.runner import RunSummary
+from llmevo.space import Space
+from llmevo.store import Store
+from llmevo.trial import State, Trial
+
+# Each is a run or two, half a second apiece; `test_openai_chat` has the same faults for single requests.
+pytestmark = pytest.mark.slow
+
+KEY = "sk-test-whole-run-0123456789abcdef"
+REFERENCES = 5  # baseline, three parents, uniform
+BATCH = 2
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_BASE_URL", "OPENAI_ORG_ID"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture(autouse=True)
+def _no_key_anywhere(caplog: pytest.LogCaptureFixture, tmp_path: Path, capfd: Any) -> Iterator[None]:
+    """Neither logs at their loudest, nor the terminal, nor any byte of a run directory has the key."""
+    caplog.set_level(logging.DEBUG)
+    yield
+    assert KEY not in caplog.text
+    assert KEY not in "".join(capfd.readouterr())
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes(), path
+
+
+@dataclass
+class Notes:
+    """An observer that keeps what people would read."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+    def started(self, info: Any) -> None: ...
+
+    def asked(self, trials: Any, seconds: float) -> None: ...
+
+    def finished(self, trial: Trial, best: Trial | None) -> None: ...
+
+    def ended(self, summary: RunSummary) -> None:
+        self.lines.append(summary.reason)
+
+
+@dataclass
+class Search:
+    """One run directory and the genome it is driven with."""
+
+    folder: Path
+    url: str
+    trials: int = 9
+    search: dict[str, Any] = field(default_factory=dict)
+    llm: dict[str, Any] = field(default_factory=dict)
+    notes: Notes = field(default_factory=Notes)
+
+    def data(self) -> dict[str, Any]:
+        search = {"proposer": "llm", "population": BATCH, "trials": self.trials, **self.search}
+        llm = {"backend": "openai", "model": "m", "base_url": self.url, "timeout": 10, "attempts": 2}
+        return {**genome_data(**search), "llm": {**llm, **self.llm}}
+
+    def go(self) -> RunSummary:
+        """One sitting."""
+        text = yaml.safe_dump(self.data())
+        return runner.run(
+            genomes.parse(text),
+            text,
+            self.folder,
+            observer=self.notes,
+            executor=FunctionExecutor(),
+        )
+
+    def history(self) -> list[Trial]:
+        with Store.open(self.folder) as store:
+            return store.trials()
+
+    def searched(self) -> list[Trial]:
+        """The trials after the references."""
+        return self.history()[REFERENCES:]
+
+
+def space_of(search: Search) -> Space:
+    return Recipes(genomes.parse(yaml.safe_dump(search.data())), 4).space
+
+
+def asked(request: dict[str, Any]) -> int:
+    """How many proposals a prompt wants."""
+    return int(re.findall(r"with (\d+) entries", request["messages"][-1]["content"])[-1])
+
+
+def reply(genomes: list[Any], **extra: Any) -> str:
+    return json.dumps(
+        {"proposals": [{"genome": genome, "why": "as scripted"} for genome in genomes], **extra}
+    )
+
+
+def sensible(space: Space) -> Step:
+    """Valid genomes that follow from the request's seed alone, so that a repeated call is answered alike."""
+
+    def step(request: dict[str, Any]) -> Any:
+        rng = np.random.default_rng(request["seed"])
+        return ok(reply([encode(space, space.sample(rng)) for _ in range(asked(request))]))(request)
+
+    return step
+
+
+def summary_of(trials: list[Trial]) -> list[tuple[Any, ...]]:
+    return [(t.number, t.origin, t.params, t.score and t.score.value, t.attrs) for t in trials]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[tuple[Any, ...]]]:
+    """What a run without faults ends with, by its search options."""
+    known: dict[str, list[tuple[Any, ...]]] = {}
+
+    def find(**options: Any) -> list[tuple[Any, ...]]:
+        name = json.dumps(options, sort_keys=True)
+        if name not in known:
+            with serving(ok("")) as server:
+                search = Search(tmp_path_factory.mktemp("undisturbed") / "run", server.url, **options)
+                server.script = [sensible(space_of(search))]
+                assert search.go().exit_code == 0
+                known[name] = summary_of(search.history())
+        return known[name]
+
+    return find
+
+
+def heal(server: FaultServer, space: Space) -> None:
+    server.script = [sensible(space)]
+    server.requests.clear()
+
+
+VALIDATION = "[{'type': 'literal_error', 'msg': \"Input should be 'text' or 'json_object'\"}]"
+WHOLE = ok("42")({}).body
+
+# The step, requests until the run stops, the least seconds they take, and what the reason must say.
+OUTAGES = {
+    "400": (error(400, "no such thing"), 4, 0, "check `llm.model`"),
+    "401": (error(401, f"Incorrect API key provided: {KEY}"), 1, 0, "`OPENAI_API_KEY`"),
+    "403": (error(403, f"{KEY} has no access"), 1, 0, "`OPENAI_API_KEY`"),
+    "404": (error(404, "The model `m` does not exist"), 1, 0, "check `llm.model`"),
+    "422": (error(422, "unprocessable"), 4, 0, "check `llm.model`"),
+    "429": (error(429, "slow down"), 2, 0, "RateLimitError"),
+    "429 wait": (error(429, "slow down", headers={"retry-after": "1"}), 2, 1, "RateLimitError"),
+    "429 for an hour": (error(429, "slow", headers={"retry-after": "3600"}), 1, 0, "RateLimitError"),
+    "429 quota": (error(429, "exceeded", code="insufficient_quota"), 1, 0, "top it up"),
+    "500": (error(500, "oops"), 2, 0, "InternalServerError"),
+    "500 validation": (error(500, VALIDATION), 4, 0, "Input should be"),
+    "hang": (hang(20), 2, 0.6, "APITimeoutError"),
+    "trickle": (trickle("late", 0.1), 2, 0.6, "APITimeoutError"),
+    "reset": (reset(), 2, 0, "APIConnectionError"),
+    "half a body": (raw(WHOLE, cut=len(WHOLE) // 2), 2, 0, "APIConnectionError"),
+}
+LONGEST = 6.0  # seconds of any of them: none takes 3, but the cores may be busy
+SLOW = ("hang", "trickle")
+
+
+@pytest.mark.parametrize("name", OUTAGES)
+def test_an_outage_stops_the_run_and_healing_ends_it(name: str, tmp_path: Path, undisturbed: Any) -> None:
+    step, requests, least, said = OUTAGES[name]
+    expected = undisturbed()  # before the clock: the first run also imports
+    with serving(step) as server:
+        search = Search(tmp_path / "run", server.url, llm={"timeout": 0.3} if name in SLOW else {})
+        started = time.monotonic()
+        summary = search.go()
+        took = time.monotonic() - started
+        assert (summary.exit_code, summary.resumable) == (3, True)
+        assert said in summary.reason
+        assert len(server.requests) == requests
+        assert least <= took < LONGEST
+        # No point of it was made up: the references are done, and nothing else was begun.
+        assert [trial.state for trial in search.history()] == [State.COMPLETE] * REFERENCES
+        heal(server, space_of(search))
+        search.llm = {}
+        assert search.go().exit_code == 0
+        assert len(server.requests) == 2, "one request a batch, none for what is done"
+    assert summary_of(search.history()) == expected
+    assert {trial.origin for trial in search.searched()} == {"llm", "llm+noise"}
+
+
+def test_an_outage_in_the_middle_loses_nothing(tmp_path: Path, undisturbed: Any) -> None:
+    with serving(ok("")) as server:
+        search = Search(tmp_path / "run", server.url)
+        good = sensible(space_of(search))
+        server.script = [good, error(401, "revoked")]
+        assert search.go().exit_code == 3
+        assert [trial.origin for trial in search.searched()] == ["llm", "llm+noise"]
+        heal(server, space_of(search))
+        assert search.go().exit_code == 0
+        assert len(server.requests) == 1
+    assert summary_of(search.history()) == undisturbed()
+
+
+def test_nothing_listens(tmp_path: Path) -> None:
+    with serving(ok("")) as server:
+        pass
+    search = Search(tmp_path / "run", server.url)
+    summary = search.go()
+    assert summary.exit_code == 3
+    assert "APIConnectionError" in summary.reason
+    assert not search.searched()
+
+
+# Answers with nothing to use: the step and the problem it is filed under.
+USELESS = {
+    "empty choices": (ok("", choices=[]), "empty"),
+    "null choices": (ok("", choices=None), "empty"),
+    "null content": (ok(None), "empty"),
+    "not JSON": (raw(b"<html>Bad gateway</html>"), "malformed"),
+    "truncated JSON": (ok('{"proposals":[{"genome":{"merge_method":"ti'), "no_json"),
+    "cut off": (ok('{"proposals":[{"genome":{"merge_method":"ti', "length"), "length"),
+    "prose": (ok("I would try a larger weight for the German model."), "no_json"),
+    "no known key": (ok(reply([{"alpha": 1}, {"beta": 2}])), "no_genome"),
+    "NaN and Infinity": (ok('{"proposals":[{"genome":{"german.weight":NaN,"x":-Infinity}}]}'), "no_json"),
+    "refusal": (ok("", choices=[{"message": {"content": None, "refusal": "no"}}]), "refusal"),
+    "10 MB": (huge(10), "length"),
+    "10 MB of text": (raw(ok("word " * 2_000_000)({}).body), "length"),
+}
+
+
+@pytest.mark.parametrize("name", USELESS)
+def test_a_useless_answer_is_repaired_once(name: str, tmp_path: Path) -> None:
+    """The second request says what was wrong; the run goes on with what it brings."""
+    step, problem = USELESS[name]
+    started = time.monotonic()
+    with serving(ok("")) as server:
+        search = Search(tmp_path / "run", server.url, trials=REFERENCES + BATCH)
+        server.script = [step, sensible(space_of(search))]
+        assert search.go().exit_code == 0
+        assert len(server.requests) == 2
+    first, second = (seen.json["messages"][-1]["content"] for seen in server.requests)
+    assert len(second) > len(first) - 200, "the whole task again, with what was wrong"
+    assert all(len(seen.json["messages"]) == 2 for seen in server.requests), "a fresh conversation"
+    made = search.searched()
+    assert made[0].origin == "llm"
+    assert made[0].attrs["llm"]["repaired"] == problem
+    assert time.monotonic() - started < LONGEST
+
+
+@pytest.mark.parametrize("name", ["empty choices", "prose", "NaN and Infinity", "cut off", "10 MB"])
+def test_useless_answers_are_labelled_and_the_fifth_stops_the_run(name: str, tmp_path: Path) -> None:
+    step, problem = USELESS[name]
+    with serving(step) as server:
+        search = Search(tmp_path / "run", server.url, trials=REFERENCES + 12)
+        summary = search.go()
+        assert (summary.exit_code, summary.resumable) == (3, True)
+        assert "the last 5 answers" in summary.reason
+        assert len(server.requests) == 10, "five calls, each with one repair"
+        made = search.searched()
+        assert [trial.origin for trial in made] == [f"fallback:{problem}"] * 4 * BATCH
+        heal(server, space_of(search))
+        assert search.go().exit_code == 0
+        assert len(server.requests) == 2
+    after = search.searched()
+    assert summary_of(after)[: len(made)] == summary_of(made)
+    assert {trial.origin for trial in after[len(made) :]} <= {"llm", "llm+noise", "llm+mutated"}
+
+
+def altered(space: Space, change: Callable[[dict[str, Any]], Any]) -> Step:
+    """Valid genomes of which each is changed in one way."""
+
+    def step(request: dict[str, Any]) -> Any:
+        rng = np.random.default_rng(request["seed"])
+        made = [change(dict(encode(space, space.sample(rng)))) for _ in range(asked(request))]
+        return ok(reply(made))(request)
+
+    return step
+
+
+def without(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda genome: {name: value for name, value in genome.items() if name != key}
+
+
+INJECTED = {
+    "merge_method": "ties'; __import__('os').system('touch PWNED'); '",
+    "german.weight": "__import__('os').system('touch PWNED')",
+    "run": {"trials": 10_000, "dir": "/"},
+    "llm": {"base_url": "http://attacker.invalid/v1", "api_key_env": "HOME"},
+}
+# What is done to each genome, and the counts that must stand with the call for two of them.
+REPAIRED: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, int]]] = {
+    "out of range": (lambda g: {**g, "german.weight": 1000, "finnish.weight": -5}, {"clipped": 4}),
+    "wrong types": (
+        lambda g: {**g, "german.weight": [1], "finnish.weight": "a lot", "merge_method": 7},
+        {"wrong_type": 6},
+    ),
+    "extra keys": (lambda g: {**g, "sigma": 0.5, "note": "trust me"}, {"unknown": 4}),
+    "missing keys": (without("german.weight"), {"missing": 2}),
+    "NaN as text": (lambda g: {**g, "german.weight": "NaN"}, {"wrong_type": 2}),
+    "injected instructions": (lambda g: {**g, **INJECTED}, {"wrong_type": 4, "unknown": 4}),
+}
+
+
+@pytest.mark.parametrize("name", REPAIRED)
+def test_bad_genomes_are_mended_and_counted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, counts = REPAIRED[name]
+    monkeypatch.chdir(tmp_path)
+    with serving(ok("")) as server:
+        search = Search(tmp_path / "run", server.url, trials=REFERENCES + BATCH)
+        space = space_of(search)
+        server.script = [altered(space, change)]
+        assert search.go().exit_code == 0
+        assert len(server.requests) == 1, "no repair turn for what can be mended"
+    made = search.searched()
+    assert {trial.origin for trial in made} <= {"llm", "llm+noise", "llm+mutated"}
+    assert made[0].attrs["llm"]["counts"].items() >= counts.items()
+    for trial in made:
+        assert space.validate(trial.params) == trial.params
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "```json\n{}\n```",
+        "Sure! Here is what I propose.\n\n{}\n\nI hope this helps.",
+        "<think>a merge {of} [all]\n</think>\n{}",
+        "{} {}",
+    ],
+    ids=["fenced", "prose around", "thinking", "twice"],
+)
+def test_wrapped_json_is_found(wrap: str, tmp_path: Path) -> None:
+    with serving(ok("")) as server:
+        search = Search(tmp_path / "run", server.url, trials=REFERENCES + BATCH)
+        space = space_of(search)
+        point = encode(space, space.sample(np.random.default_rng(1)))
+        other = encode(space, space.sample(np.random.default_rng(2)))
+        server.script = [ok(wrap.replace("{}", reply([point, other])))]
+        assert search.go().exit_code == 0
+        assert len(server.requests) == 1
+    assert encode(space, search.searched()[0].params) == point
+    assert [trial.origin for trial in search.searched()] == ["llm", "llm+noise"]
+
+
+def test_a_copied_point_is_a_declared_mutation(tmp_path: Path) -> None:
+    """The model repeats the uniform merge for ever: no trial repeats it, and each says so."""
+    with serving(ok("")) as server:
+        search = Search(tmp_path / "run", server.url)
+        space = space_of(search)
+        uniform = {**space.start(), "merge_method": "task_arithmetic"}
+        uniform |= {name: 1 / 3 for name in uniform if name.endswith("weight")}
+        uniform |= {name: None for name in uniform if name.endswith("density")}
+        server.script = [ok(reply([encode(space, space.validate(uniform))] * BATCH))]
+        assert search.go().exit_code == 0
+    history = search.history()
+    keys = [space.key(trial.params) for trial in history if trial.params]
+    assert len(set(keys)) == len(keys)
+    assert [trial.origin for trial in search.searched()] == ["llm+mutated"] * 4
+
+
+def test_an_endpoint_that_repeats_the_key(tmp_path: Path) -> None:
+    """A gateway that echoes what it was sent: the fixture looks for the key in every byte."""
+    with serving(ok("")) as server:
+        search = Search(tmp_path / "run", server.url, trials=REFERENCES + BATCH)
+        space = space_of(search)
+        point = encode(space, space.sample(np.random.default_rng(1)))
+        body = reply([{**point, KEY: KEY}], authorization=f"Bearer {KEY}")
+        server.script = [ok(body, model=f"m-{KEY}", id=KEY)]
+        assert search.go().exit_code == 0
+
+
+HYBRID = {"proposer": "hybrid", "base": "random", "share": 0.5, "warmup": REFERENCES, "population": 4}
+
+
+def test_a_hybrid_stops_too(tmp_path: Path, undisturbed: Any) -> None:
+    """The base does not quietly stand in for a guest that cannot be reached."""
+    with serving(error(401, "revoked")) as server:
+        search = Search(tmp_path / "run", server.url, trials=17, search=HYBRID)
+        summary = search.go()
+        assert summary.exit_code == 3
+        assert len(server.requests) == 1
+        assert not any(trial.attrs["guest"] for trial in search.searched())
+        heal(server, space_of(search))
+        assert search.go().exit_code == 0
+    assert summary_of(search.history()) == undisturbed(trials=17, search=HYBRID)
+    guests = [trial for trial in search.searched() if trial.attrs["guest"]]
+    assert guests
+    assert all(trial.origin.startswith("llm") for trial in guests)
