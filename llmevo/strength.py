@@ -7,8 +7,8 @@ otherwise one lucky evaluation would set it for ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol, final
 
@@ -29,25 +29,65 @@ class Strength(Protocol):
         ...
 
 
-def success_rates(trials: Sequence[Trial], direction: Direction, z: float = 1.0) -> Iterator[float]:
+@final
+class Successes:
     """For each batch after the first scored one, the share of its trials that beat the incumbent.
 
     A trial beats it by more than `z` standard errors of the difference. A failed trial does not; a batch
     without a finished trial is left out. The best of those that beat it is the next incumbent.
+
+    The rates are a function of the history alone. What is kept from the last call is a shortcut: batches that
+    are finished and stand at the same place with the same trials are not compared again.
+
+    Args:
+        z: Standard errors that an improvement must exceed.
     """
-    sign = 1.0 if direction == "maximize" else -1.0
-    incumbent: Score | None = None
-    for _, group in groupby(trials, key=lambda trial: trial.batch):
-        finished = [trial for trial in group if trial.state is not State.PENDING]
+
+    def __init__(self, z: float = 1.0) -> None:
+        self._z = z
+        self._forget("maximize")
+
+    def _forget(self, direction: Direction) -> None:
+        self._direction = direction
+        self._seen: list[Trial] = []
+        self._rates: list[float] = []
+        self._incumbent: Score | None = None
+
+    def rates(self, trials: Sequence[Trial], direction: Direction) -> list[float]:
+        """The shares, in [0, 1], oldest first."""
+        # Comparing lists asks first whether the objects are the same: next to nothing for a history that
+        # goes on, and every other history is noticed.
+        if direction != self._direction or list(trials[: len(self._seen)]) != self._seen:
+            self._forget(direction)
+        rates, incumbent = list(self._rates), self._incumbent
+        batches = [
+            list(group) for _, group in groupby(trials[len(self._seen) :], key=lambda trial: trial.batch)
+        ]
+        settled = True
+        for place, batch in enumerate(batches):
+            rate, incumbent = self._step(batch, incumbent)
+            rates += [] if rate is None else [rate]
+            # The last batch may be a part of one, and a pending trial may yet be told.
+            settled = settled and place < len(batches) - 1
+            settled = settled and all(trial.state is not State.PENDING for trial in batch)
+            if settled:
+                self._seen += batch
+                self._rates, self._incumbent = list(rates), incumbent
+        return rates
+
+    def _step(self, batch: Sequence[Trial], incumbent: Score | None) -> tuple[float | None, Score | None]:
+        """The rate of one batch, or None, and the incumbent after it."""
+        sign = 1.0 if self._direction == "maximize" else -1.0
+        finished = [trial for trial in batch if trial.state is not State.PENDING]
         scores = [trial.score for trial in finished if trial.score is not None]
         if incumbent is None:
-            incumbent = max(scores, key=lambda score: sign * score.value, default=None)
-            continue
+            return None, max(scores, key=lambda score: sign * score.value, default=None)
         if not finished:
-            continue
-        better = [score for score in scores if _beats(score, incumbent, sign, z)]
-        yield len(better) / len(finished)
-        incumbent = max(better, key=lambda score: sign * score.value, default=incumbent)
+            return None, incumbent
+        better = [score for score in scores if _beats(score, incumbent, sign, self._z)]
+        return len(better) / len(finished), max(
+            better, key=lambda score: sign * score.value, default=incumbent
+        )
 
 
 def _beats(score: Score, incumbent: Score, sign: float, z: float) -> bool:
@@ -80,13 +120,15 @@ class TwoLevel:
     improve: float = 0.05
     stagnate: float = 0.2
     z: float = 1.0
+    _successes: Successes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_successes", Successes(self.z))
         _check("TwoLevel", improve=self.improve, stagnate=self.stagnate)
 
     def __call__(self, trials: Sequence[Trial], direction: Direction) -> float:
         """`improve` if the last finished batch improved, else `stagnate`."""
-        *_, last = 0.0, *success_rates(trials, direction, self.z)
+        *_, last = 0.0, *self._successes.rates(trials, direction)
         return self.improve if last > 0 else self.stagnate
 
 
@@ -116,8 +158,10 @@ class OneFifth:
     low: float = 0.01
     high: float = 0.3
     z: float = 1.0
+    _successes: Successes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_successes", Successes(self.z))
         _check("OneFifth", start=self.start, low=self.low, high=self.high)
         if not self.low <= self.start <= self.high:
             raise ProposerError(
@@ -130,6 +174,6 @@ class OneFifth:
     def __call__(self, trials: Sequence[Trial], direction: Direction) -> float:
         """The strength after all finished batches."""
         strength = self.start
-        for rate in success_rates(trials, direction, self.z):
+        for rate in self._successes.rates(trials, direction):
             strength = min(max(strength * self.factor ** ((rate - 0.2) / 0.8), self.low), self.high)
         return strength

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmevo import ProposerError, Score, State, Trial
-from llmevo.strength import OneFifth, Strength, TwoLevel, success_rates
+from llmevo.strength import OneFifth, Strength, Successes, TwoLevel
 
 Outcome = float | Score | None | State
 RULES: list[Strength] = [TwoLevel(), OneFifth()]
@@ -101,11 +102,11 @@ def test_one_fifth_with_one_trial_a_batch_is_the_classic_rule() -> None:
 
 def test_a_fifth_of_successes_leaves_the_strength() -> None:
     assert OneFifth()(history([[1.0], [0.0, 0.0, 2.0, 0.0, 0.0]]), "maximize") == pytest.approx(0.2)
-    assert list(success_rates(history([[1.0], [2.0, None, 3.0, 0.0]]), "maximize")) == [0.5]
+    assert Successes().rates(history([[1.0], [2.0, None, 3.0, 0.0]]), "maximize") == [0.5]
 
 
 def test_a_batch_is_measured_against_what_was_known_before_it() -> None:
-    rates = list(success_rates(history([[1.0, 5.0], [6.0, 5.5, 4.0], [5.9, 7.0]]), "maximize"))
+    rates = Successes().rates(history([[1.0, 5.0], [6.0, 5.5, 4.0], [5.9, 7.0]]), "maximize")
     assert rates == [pytest.approx(2 / 3), 0.5]
 
 
@@ -125,14 +126,14 @@ def test_a_gain_within_the_noise_is_none(rule: Strength) -> None:
     clear[wrong[:10]] = 1.0
     gained = Score.from_items(clear.tolist())
     assert noisy.value > first.value
-    assert list(success_rates(history([[first], [noisy]]), "maximize")) == [0.0]
-    assert list(success_rates(history([[first], [gained]]), "maximize")) == [1.0]
+    assert Successes().rates(history([[first], [noisy]]), "maximize") == [0.0]
+    assert Successes().rates(history([[first], [gained]]), "maximize") == [1.0]
     assert rule(history([[first], [noisy]]), "maximize") != rule(history([[first], [gained]]), "maximize")
 
 
 def test_gains_within_the_noise_add_up() -> None:
     steps = [[Score(value, 0.2)] for value in (1.0, 1.2, 1.4)]
-    assert list(success_rates(history(steps), "maximize")) == [0.0, 1.0]
+    assert Successes().rates(history(steps), "maximize") == [0.0, 1.0]
 
 
 def test_z_sets_how_clear_a_gain_must_be() -> None:
@@ -155,3 +156,26 @@ def test_z_sets_how_clear_a_gain_must_be() -> None:
 def test_refuses_what_cannot_be_a_strength(make: object, text: str) -> None:
     with pytest.raises(ProposerError, match=text):
         make()  # type: ignore[operator]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    steps=st.lists(
+        st.lists(st.one_of(st.none(), st.floats(-5, 5)), min_size=1, max_size=4), min_size=1, max_size=12
+    ),
+    cuts=st.lists(st.integers(0, 60), max_size=12),
+    pending=st.sets(st.integers(0, 47), max_size=6),
+)
+def test_what_is_kept_between_calls_changes_nothing(
+    steps: list[list[float | None]], cuts: list[int], pending: set[int]
+) -> None:
+    whole = history(steps)
+    kept = Successes()
+    for cut in [*cuts, len(whole)]:  # forwards, backwards, in the middle of a batch
+        part = [
+            replace(trial, state=State.PENDING, score=None, error=None) if trial.number in pending else trial
+            for trial in whole[:cut]
+        ]
+        for trials in (part, whole[:cut]):
+            for direction in ("maximize", "minimize"):
+                assert kept.rates(trials, direction) == Successes().rates(trials, direction)

@@ -13,7 +13,7 @@ from llmevo.errors import ProposerError
 from llmevo.proposers import Direction
 from llmevo.space import Categorical, Gene, Params, Space, Vector
 from llmevo.strength import OneFifth, Strength
-from llmevo.trial import Proposal, Trial
+from llmevo.trial import Proposal, State, Trial
 
 _POPULATION = 8
 _TOURNAMENT = 3
@@ -61,16 +61,11 @@ class GA:
         self.strength: Strength = OneFifth() if strength is None else strength
         self._genes = list(space.genes.values())
         self._free = [index for index, gene in enumerate(self._genes) if gene.count != 1]
-        self._known: list[tuple[Params, str]] = []
+        self._forget()
 
     def propose(self, n: int, trials: Sequence[Trial], rng: np.random.Generator) -> list[Proposal]:
         """Suggest up to `n` new points; fewer once a finite space is used up."""
-        seen = self._keys(trials)
-        sign = 1.0 if self.direction == "maximize" else -1.0
-        complete = [
-            (sign * trial.score.value, -trial.number, trial) for trial in trials if trial.score is not None
-        ]
-        parents = [item[-1] for item in heapq.nlargest(self.population, complete, key=lambda item: item[:2])]
+        parents, seen = self._digested(trials)
         units = [self.space.to_unit(parent.params) for parent in parents]
         strength = self.strength(trials, self.direction)
         proposals: list[Proposal] = []
@@ -86,16 +81,28 @@ class GA:
             proposals.append(Proposal(point, "ga", attrs))
         return proposals
 
-    def _keys(self, trials: Sequence[Trial]) -> set[str]:
-        """Keys of all points of the history; those of the last call are not written again."""
-        known = self._known
-        self._known = [
-            known[place]
-            if place < len(known) and known[place][0] is trial.params
-            else (trial.params, self.space.key(trial.params))
-            for place, trial in enumerate(trials)
-        ]
-        return {key for _, key in self._known}
+    def _forget(self) -> None:
+        self._seen: list[Trial] = []  # finished trials from the first on, with what is known of them:
+        self._keys: set[str] = set()
+        self._top: list[Trial] = []
+
+    def _digested(self, trials: Sequence[Trial]) -> tuple[list[Trial], set[str]]:
+        """The parents, best first, and the keys of all points; only what is new is looked at."""
+        if list(trials[: len(self._seen)]) != self._seen:
+            self._forget()
+        rest = list(trials[len(self._seen) :])
+        pending = (place for place, trial in enumerate(rest) if trial.state is State.PENDING)
+        settled = next(pending, len(rest))
+        self._seen += rest[:settled]
+        self._keys.update(self.space.key(trial.params) for trial in rest[:settled])
+        self._top = self._best([*self._top, *rest[:settled]])
+        keys = {self.space.key(trial.params) for trial in rest[settled:]}
+        return self._best([*self._top, *rest[settled:]]), self._keys | keys
+
+    def _best(self, trials: Sequence[Trial]) -> list[Trial]:
+        sign = 1.0 if self.direction == "maximize" else -1.0
+        complete = [(-sign * t.score.value, t.number, t) for t in trials if t.score is not None]
+        return [trial for *_, trial in heapq.nsmallest(self.population, complete, key=lambda item: item[:2])]
 
     def _first(self, place: int, seen: set[str], rng: np.random.Generator) -> Params | None:
         """A point of the first generation."""

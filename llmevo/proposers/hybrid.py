@@ -1,39 +1,48 @@
-"""A base proposer with a guest for an exact share of the trials."""
+"""A base proposer with a guest for a share of the trials that it has to earn."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 
-from llmevo.errors import ProposerError
+from llmevo.errors import LLMContentError, LLMError, ProposerError
 from llmevo.proposers import Direction, Proposer, make
+from llmevo.proposers.screen import Screen
+from llmevo.proposers.share import owed, share_now
 from llmevo.space import Space
 from llmevo.trial import Proposal, Trial
-
-_ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 
 @final
 class Hybrid:
     """Mixes two proposers; which one a point came from stands in its `origin` and in `attrs["guest"]`.
 
-    The guest's part is counted, not drawn: of the first k trials proposed after the warm-up, it has
-    `floor(share * k)`, the spacing of Bresenham's line. While the base waits for pending trials the guest
-    gets no more than that. A guest that cannot go on raises; the base does not stand in for it.
+    The guest's turns are counted, not drawn: of the first k trials proposed after the warm-up, it has the
+    floor of the sum of their shares (`attrs["share"]`), the spacing of Bresenham's line. With `adapt` the
+    share falls while the guest wins less than the base (see `share_now`). With `screen` a point of the guest
+    that the history speaks against (see `Screen`) is turned away: the base takes the slot, and its trial says
+    so in `attrs["turned_away"]`, a list of `{"origin", "params", "why", "attrs"}`. While the base waits for
+    pending trials the guest gets no more than its turns.
+
+    A guest that cannot go on raises; the base stands in for it only where `on_outage` is `base`, and then
+    only for endpoints that do not serve, never for useless answers. Those trials have the origin
+    `outage:<base's origin>`, and `attrs["outage"]` names the error's class.
 
     Args:
         space: What may vary.
         direction: `maximize` or `minimize`.
         base: Name of a proposer or an object with `propose`.
-        guest: An object with `propose`, of another class than the base; None for the `llm` proposer.
-        share: The guest's share after the warm-up, in [0, 1].
+        guest: Name of a proposer or an object with `propose`; None for the `llm` proposer.
+        share: The guest's share after the warm-up, in [0, 1]; with `adapt` the highest.
         warmup: Trials before the guest's first, enqueued ones included.
+        adapt: Whether the share follows the guest's success.
+        screen: Whether hopeless points are turned away.
+        on_outage: `stop`, or `base` to go on without the guest for that batch.
         base_options: Options for a base given by name.
-        **llm_options: Options for the `llm` proposer where `guest` is None.
+        **guest_options: Options for a guest given by name, or for `llm`.
 
     Raises:
         ProposerError: An argument is out of its range, or options were given for an object.
@@ -45,30 +54,42 @@ class Hybrid:
         direction: Direction,
         *,
         base: str | Proposer = "cma",
-        guest: Proposer | None = None,
+        guest: str | Proposer | None = None,
         share: float = 0.3,
         warmup: int = 10,
+        adapt: bool = True,
+        screen: bool = True,
+        on_outage: Literal["stop", "base"] = "stop",
         base_options: Mapping[str, Any] | None = None,
-        **llm_options: Any,
+        **guest_options: Any,
     ) -> None:
         if not 0 <= share <= 1:
             raise ProposerError(f"`0 <= share <= 1` must hold, but got {share!r}.")
         if warmup < 0:
             raise ProposerError(f"`warmup >= 0` must hold, but got {warmup!r}.")
-        if base == "hybrid":
-            raise ProposerError("`base` must be another proposer than 'hybrid'; name a single one.")
+        if on_outage not in ("stop", "base"):
+            raise ProposerError(f"`on_outage` must be 'stop' or 'base', but got {on_outage!r}.")
+        for name, who in (("base", base), ("guest", guest)):
+            if who == "hybrid":
+                raise ProposerError(f"`{name}` must be another proposer than 'hybrid'; name a single one.")
         if base_options and not isinstance(base, str):
             raise ProposerError(
                 "`base_options` needs a `base` given by name; construct the object with them."
             )
-        if llm_options and guest is not None:
+        if guest_options and not (guest is None or isinstance(guest, str)):
             raise ProposerError(
-                f"`guest` is an object, so these options would be lost: {', '.join(sorted(llm_options))}."
+                f"`guest` is an object, so these options would be lost: {', '.join(sorted(guest_options))}."
             )
+        self.space = space
+        self.direction: Direction = direction
         self.base = make(base, space, direction, **(base_options or {})) if isinstance(base, str) else base
-        self.guest = make("llm", space, direction, **llm_options) if guest is None else guest
+        named = "llm" if guest is None else guest
+        self.guest = make(named, space, direction, **guest_options) if isinstance(named, str) else named
         self.share = share
         self.warmup = warmup
+        self.adapt = adapt
+        self.screen = screen
+        self.on_outage = on_outage
 
     def propose(self, n: int, trials: Sequence[Trial], rng: np.random.Generator) -> list[Proposal]:
         """Suggest up to `n` points, the base's first and then the guest's.
@@ -76,33 +97,93 @@ class Hybrid:
         Raises:
             ProposerError: The base or the guest cannot go on.
         """
-        shared = guests = 0
-        for place, trial in enumerate(trials):
-            mark = trial.attrs.get("guest")
-            if mark is not None:  # enqueued points belong to neither
-                guests += mark
-                shared += place >= self.warmup
-        start = max(self.warmup - len(trials), 0)
-
-        def entitled(count: int) -> int:
-            """How many of the next `count` trials are the guest's."""
-            total = shared + max(count - start, 0)
-            owed = math.floor(self.share * total + _ROUNDING) - guests
-            return min(max(owed, 0), count)
-
-        wanted = entitled(n)
-        proposals: list[Proposal] = []
-        if wanted < n:
-            proposals = _marked(self.base.propose(n - wanted, trials, rng), guest=False)
-        room = max((k for k in range(wanted + 1) if k <= entitled(len(proposals) + k)), default=0)
+        share = share_now(trials, self.direction, self.share) if self.adapt else self.share
+        wanted = owed(trials, self.warmup, share, n)
+        own = self.base.propose(n - wanted, trials, rng) if wanted < n else []
+        turns = (k for k in range(wanted, 0, -1) if k <= owed(trials, self.warmup, share, len(own) + k))
+        room = next(turns, 0)
+        guests: list[Proposal] = []
         if room:
-            proposals += _marked(self.guest.propose(room, trials, rng), guest=True)
-        if not proposals and wanted == n:
+            try:
+                guests = self.guest.propose(room, trials, rng)
+            except LLMContentError:
+                raise
+            except LLMError as error:
+                if self.on_outage == "stop":
+                    raise
+                own += self._stand_in(room, trials, own, rng, error)
+        kept, turned = self._screened(guests, trials)
+        if turned:
+            own, kept = self._replaced(own, kept, turned, trials, rng)
+        if not own and not kept and wanted == n:
             # The guest has nothing new to offer (say, a finite space that it knows). Waiting for it would
             # end the search, so the base goes on; the guest's turn comes again.
-            proposals = _marked(self.base.propose(n, trials, rng), guest=False)
-        return proposals
+            own = self.base.propose(n, trials, rng)
+        return _marked(own, share, guest=False) + _marked(kept, share, guest=True)
+
+    def _stand_in(
+        self,
+        count: int,
+        trials: Sequence[Trial],
+        own: Sequence[Proposal],
+        rng: np.random.Generator,
+        error: LLMError,
+    ) -> list[Proposal]:
+        """The base's points for the turns of a guest whose endpoint does not serve, labelled."""
+        return [
+            replace(
+                proposal,
+                origin=f"outage:{proposal.origin}",
+                attrs={**proposal.attrs, "outage": type(error).__name__},
+            )
+            for proposal in self.base.propose(count, _pending(trials, own), rng)
+        ]
+
+    def _screened(
+        self, guests: Sequence[Proposal], trials: Sequence[Trial]
+    ) -> tuple[list[Proposal], list[tuple[Proposal, dict[str, float]]]]:
+        """The guest's points that are worth an evaluation, and the others with the reason."""
+        if not self.screen or not guests:
+            return list(guests), []
+        judge = Screen(self.space, self.direction, trials)
+        verdicts = [(proposal, judge.hopeless(proposal.params)) for proposal in guests]
+        return (
+            [proposal for proposal, why in verdicts if why is None],
+            [(proposal, why) for proposal, why in verdicts if why is not None],
+        )
+
+    def _replaced(
+        self,
+        own: list[Proposal],
+        kept: list[Proposal],
+        turned: Sequence[tuple[Proposal, dict[str, float]]],
+        trials: Sequence[Trial],
+        rng: np.random.Generator,
+    ) -> tuple[list[Proposal], list[Proposal]]:
+        """The base's points in the slots of those turned away; where it has none, the guest's stay."""
+        slots = self.base.propose(len(turned), _pending(trials, [*own, *kept]), rng)
+        for proposal, (rejected, why) in zip(slots, turned, strict=False):
+            note = {
+                "origin": rejected.origin,
+                "params": dict(rejected.params),
+                "why": why,
+                "attrs": rejected.attrs,
+            }
+            own = [*own, replace(proposal, attrs={**proposal.attrs, "turned_away": [note]})]
+        return own, kept + [proposal for proposal, _ in turned[len(slots) :]]
 
 
-def _marked(proposals: Sequence[Proposal], *, guest: bool) -> list[Proposal]:
-    return [replace(proposal, attrs={**proposal.attrs, "guest": guest}) for proposal in proposals]
+def _pending(trials: Sequence[Trial], proposals: Sequence[Proposal]) -> list[Trial]:
+    """The history as the base would see it if `proposals` had been handed out."""
+    number = trials[-1].number + 1 if trials else 0
+    return [
+        *trials,
+        *(
+            Trial(number + index, p.params, p.origin, attrs=p.attrs, batch=number)
+            for index, p in enumerate(proposals)
+        ),
+    ]
+
+
+def _marked(proposals: Sequence[Proposal], share: float, *, guest: bool) -> list[Proposal]:
+    return [replace(p, attrs={**p.attrs, "guest": guest, "share": share}) for p in proposals]

@@ -8,7 +8,7 @@ sets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -115,7 +115,7 @@ class LLM:
             proposals.append(Proposal(self.space.start(), "start"))
         if len(proposals) == n or known.complete:
             return proposals
-        call = 1 + max((trial.attrs["llm"]["call"] for trial in trials if "llm" in trial.attrs), default=-1)
+        call = 1 + max((notes["call"] for notes, _ in _noted(trials)), default=-1)
         answer = self._ask(n - len(proposals), trials, ranked, seed)
         problem = answer.decoded.problem
         if problem is not None and _fallbacks(trials) + 1 >= _FALLBACKS_IN_A_ROW:
@@ -270,12 +270,19 @@ def _noisy(space: Space, point: Params, sigma: float, rng: np.random.Generator) 
     return space.from_unit(moved)
 
 
-def _fallbacks(trials: Sequence[Trial]) -> int:
-    """How many calls in a row, up to the last, ended in a fallback."""
-    calls: dict[int, bool] = {}
+def _noted(trials: Sequence[Trial]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Our notes and origin of each point that we gave, also of those that a hybrid turned away."""
     for trial in trials:
         if "llm" in trial.attrs:
-            calls[trial.attrs["llm"]["call"]] = trial.origin.startswith("fallback:")
+            yield trial.attrs["llm"], trial.origin
+        for turned in trial.attrs.get("turned_away", ()):
+            if "llm" in turned["attrs"]:
+                yield turned["attrs"]["llm"], turned["origin"]
+
+
+def _fallbacks(trials: Sequence[Trial]) -> int:
+    """How many calls in a row, up to the last, ended in a fallback."""
+    calls = {notes["call"]: origin.startswith("fallback:") for notes, origin in _noted(trials)}
     run = 0
     for call in sorted(calls, reverse=True):
         if not calls[call]:
