@@ -168,6 +168,19 @@ def test_an_unforeseen_error_hides_its_traceback_until_asked(
     assert "Traceback" in loud.err
 
 
+def test_a_missing_extra_is_named() -> None:
+    genome = _ROOT / "genomes" / "slerp-qwen2.5-1.5b.yaml"
+    code = (
+        "import sys; sys.modules['mergekit'] = None\n"  # as if it were not installed
+        f"from llmevo import cli; cli.main(['validate', {str(genome)!r}, '--offline'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        'error: this needs the package mergekit, of the extra `lm`: pip install "llmevo[lm]"\n'
+    )
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["run", "--help"], ["export", "-h"]])
 def test_help_goes_to_stdout(llmevo: Any, arguments: list[str]) -> None:
     called = llmevo(*arguments)

@@ -364,6 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code or 0)
 
 
+_EXTRA_LM = ("torch", "transformers", "peft", "safetensors", "mergekit", "lm_eval")
+
+
 def _say(error: Exception, verbose: bool) -> int:
     """Print an error to stderr; return the exit code."""
     if verbose and not isinstance(error, typer.TyperException):
@@ -371,6 +374,12 @@ def _say(error: Exception, verbose: bool) -> int:
     if isinstance(error, typer.TyperException):
         print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         return error.exit_code
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _EXTRA_LM:
+        print(
+            f'error: this needs the package {error.name}, of the extra `lm`: pip install "llmevo[lm]"',
+            file=sys.stderr,
+        )
+        return 1
     if isinstance(error, LlmevoError):
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (GenomeError, SpaceError, TrialError)) else 1
