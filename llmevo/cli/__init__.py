@@ -374,9 +374,10 @@ def _say(error: Exception, verbose: bool) -> int:
     if isinstance(error, typer.TyperException):
         print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         return error.exit_code
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _EXTRA_LM:
+    package = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package in _EXTRA_LM:
         print(
-            f'error: this needs the package {error.name}, of the extra `lm`: pip install "llmevo[lm]"',
+            f'error: this needs the package {package}, of the extra `lm`: pip install "llmevo[lm]"',
             file=sys.stderr,
         )
         return 1
