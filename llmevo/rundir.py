@@ -10,6 +10,7 @@ from pathlib import Path
 from llmevo.errors import RunLockedError, StoreError
 
 LOCK = "lock"
+_SHORTEST_KEY = 8  # a shorter value is in too many words to be taken out
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -78,3 +79,12 @@ def lock(run_dir: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
+
+
+def redact(text: str, variable: str) -> str:
+    """`text` without the value of an environment variable, where that is long enough to be a key.
+
+    Keys are never written on purpose; an endpoint's answer that repeats one must not bring it to disk either.
+    """
+    key = os.environ.get(variable, "").strip() if variable else ""
+    return text.replace(key, "***") if len(key) >= _SHORTEST_KEY else text

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from llmevo.errors import GenomeError
 from llmevo.genome import yamltext
 from llmevo.genome.explain import explain
+from llmevo.genome.llm import LLMSpec as LLMSpec
 from llmevo.genome.spec import Methods, ModelSetting, Spec, Warm
 
 
@@ -156,33 +157,6 @@ class SearchSpec(Spec):
     sigma0: Annotated[float, Field(gt=0, le=1)] = 1 / 6
 
 
-class LLMSpec(Spec):
-    """Which language model proposes.
-
-    Attributes:
-        backend: `openai` for any OpenAI-compatible endpoint, `local` for a transformers model in this
-            process, `auto` for the endpoint where the key or a base_url is there, else local.
-        model: The endpoint's name of the model (openai).
-        local_model: Path of a transformers model (local).
-        base_url: Of the endpoint; None for OpenAI's own.
-        api_key_env: Environment variable that holds the key. Keys are never read from a file.
-        temperature: Of the sampling; None to leave it out of the request.
-        max_tokens: Longest reply.
-        timeout: Seconds for one attempt.
-        attempts: Attempts at one request, the first included.
-    """
-
-    backend: Literal["auto", "openai", "local"] = "auto"
-    model: str | None = None
-    local_model: str | None = None
-    base_url: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.7
-    max_tokens: Annotated[int, Field(ge=16)] = 2048
-    timeout: Annotated[float, Field(gt=0)] = 120.0
-    attempts: Annotated[int, Field(ge=1)] = 4
-
-
 class EvaluateSpec(Spec):
     """How models are scored.
 
@@ -272,6 +246,10 @@ FREE = (
     "llm.api_key_env",
     "llm.timeout",
     "llm.attempts",
+    "llm.price",
+    "llm.max_calls",
+    "llm.max_total_tokens",
+    "llm.max_usd",
 )
 
 

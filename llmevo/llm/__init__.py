@@ -10,14 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, final, runtime_checkable
 
 from llmevo.errors import LLMError
 
 if TYPE_CHECKING:
     from llmevo.genome import LLMSpec
+    from llmevo.llm.ledger import Ledger
 
 Message: TypeAlias = Mapping[str, str]
+
+# How an endpoint may enforce a schema, the strictest first.
+MODES = ("json_schema", "json_object_schema", "json_object", "text")
 
 
 @final
@@ -33,6 +37,8 @@ class Request:
         max_tokens: Longest reply; None for the client's own.
         seed: Of the sampling, at least 0; an endpoint may ignore it.
         name: What the call is for, in `[a-zA-Z0-9_-]`; becomes the schema's name.
+        mode: The one way to enforce the schema that is to be tried, of `Reply.mode`; None for the client's
+            choice.
     """
 
     messages: tuple[Message, ...]
@@ -41,6 +47,7 @@ class Request:
     max_tokens: int | None = None
     seed: int | None = None
     name: str = "reply"
+    mode: str | None = None
 
 
 @final
@@ -70,11 +77,13 @@ class Attempt:
         outcome: `ok`, or what went wrong in one short line, without the key.
         seconds: Wall time of the request.
         status: HTTP status; None if there was no answer or no HTTP.
+        waited: Seconds of waiting before it.
     """
 
     outcome: str
     seconds: float
     status: int | None = None
+    waited: float = 0.0
 
 
 @final
@@ -132,11 +141,27 @@ class DescribedClient(ChatClient, Protocol):
         ...
 
 
-def client_from(spec: LLMSpec) -> DescribedClient:
+@runtime_checkable
+class Endpoint(DescribedClient, Protocol):
+    """A client whose model is elsewhere, and whose way to enforce a schema has to be found out."""
+
+    model: str
+    base_url: str
+
+    def enforce(self, mode: str) -> None:
+        """Begin with this mode of `MODES` from now on."""
+        ...
+
+
+def client_from(spec: LLMSpec, ledger: Ledger | None = None) -> DescribedClient:
     """The client that a genome's `llm:` section asks for.
 
     `auto` takes the endpoint when `model` is named and there is a `base_url` or the key; a key alone is not
     taken as the wish to spend money, and then the local model is used. `describe()` says which it is and why.
+
+    Args:
+        spec: The section.
+        ledger: Counts the endpoint's requests and keeps their limits; None for no count and no limits.
 
     Raises:
         LLMError: No model is named for the endpoint, the key's environment variable is empty, or there is no
@@ -167,10 +192,15 @@ def client_from(spec: LLMSpec) -> DescribedClient:
             max_tokens=spec.max_tokens,
             timeout=spec.timeout,
             attempts=spec.attempts,
+            ledger=ledger,
+            mode=MODES[0] if spec.mode == "auto" else spec.mode,
             reason=reason,
         )
+    from llmevo.llm.ledger import Price
     from llmevo.llm.local import LocalChat
 
+    if ledger is not None:
+        ledger.price = Price(0.0, 0.0)  # nobody is paid for what this machine computes
     return LocalChat(
         spec.local_model, temperature=spec.temperature, max_tokens=spec.max_tokens, reason=reason
     )

@@ -13,7 +13,6 @@ where a 400 says so.
 from __future__ import annotations
 
 import email.utils
-import json
 import math
 import os
 import re
@@ -27,9 +26,9 @@ import openai
 import tenacity
 
 from llmevo.errors import LLMAuthError, LLMError, LLMQuotaError, LLMTransportError
-from llmevo.llm import Attempt, Reply, Request, Usage, bounded
+from llmevo.llm import MODES, Attempt, Reply, Request, body, bounded
+from llmevo.llm.ledger import Ledger
 
-MODES = ("json_schema", "json_object_schema", "json_object", "text")
 _BOUNDS = frozenset(
     {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
     | {"minLength", "maxLength", "pattern", "minItems", "maxItems", "uniqueItems"}
@@ -58,6 +57,8 @@ class OpenAIChat:
         attempts: Attempts at one request, the first included; at least 1.
         deadline: Seconds for a whole call, waiting included: no attempt is started after it.
         backoff: Seconds of the first random wait; doubled each time up to 30.
+        ledger: Is asked for room before each request and told what it took; None for no limits.
+        mode: The strictest way to enforce a schema that is tried, of `MODES`.
         reason: Why this client was chosen, for `describe`.
 
     Raises:
@@ -65,6 +66,7 @@ class OpenAIChat:
     """
 
     small = False
+    metered = True
 
     def __init__(
         self,
@@ -79,6 +81,8 @@ class OpenAIChat:
         attempts: int = 4,
         deadline: float = 300.0,
         backoff: float = 0.5,
+        ledger: Ledger | None = None,
+        mode: str = MODES[0],
         reason: str = "",
     ) -> None:
         self.model = model
@@ -100,7 +104,8 @@ class OpenAIChat:
         self._deadline = max(deadline, timeout)
         self._backoff = tenacity.wait_random_exponential(multiplier=backoff, max=30.0)
         self._reason = reason
-        self._mode = 0
+        self._ledger = ledger or Ledger()
+        self._mode = MODES.index(mode)
         self._dropped: set[str] = set()
         # The key lives in the SDK's client alone; a server without keys takes any.
         http = bounded.client()
@@ -123,6 +128,20 @@ class OpenAIChat:
         """Close the connections; the client cannot be used afterwards."""
         self._client.close()
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an answer depends on beyond the request: the model and its settings, and the host."""
+        return {
+            "model": self.model,
+            "host": self._host,
+            "temperature": self._temperature,
+            "max_tokens": self._max_tokens,
+        }
+
+    def enforce(self, mode: str) -> None:
+        """Begin with this mode of `MODES` from now on; what the endpoint refuses still steps down."""
+        self._mode = MODES.index(mode)
+
     def describe(self) -> str:
         """One line: which model, where, which key variable, and why."""
         key = f"key from ${self._variable}" if self._has_key else "no key"
@@ -136,10 +155,13 @@ class OpenAIChat:
             LLMTransportError: The endpoint could not be reached in time.
             LLMAuthError: It refused the key.
             LLMQuotaError: The account is out of quota.
+            LLMBudgetError: The ledger has no room for a request.
             LLMError: It refused the request in every form.
         """
         call = _Call(time.monotonic(), [])
         modes = MODES[self._mode :] if request.schema is not None else ("none",)
+        if request.mode is not None:
+            modes = (request.mode,)
         first: openai.APIStatusError | None = None
         for mode in modes:
             answer = self._adapted(request, mode, call)
@@ -149,16 +171,18 @@ class OpenAIChat:
                     continue
             if isinstance(answer, openai.OpenAIError):
                 raise self._error(answer, call)  # outside any except block: no traceback holds the key
-            if request.schema is not None:
+            if request.schema is not None and request.mode is None:
                 self._mode = MODES.index(mode)
-            return _reply(answer, self.model, mode, call)
+            reply = body.reply(answer, self.model, mode, call.elapsed(), call.attempts)
+            self._ledger.settle(call.attempts[-1], reply.usage)
+            return reply
         assert first is not None  # the loop only falls through on refusals
         raise self._error(first, call)
 
     def _adapted(self, request: Request, mode: str, call: _Call) -> str | openai.OpenAIError:
         """Send in one mode, without the parameters that this endpoint turns out to refuse."""
         while True:
-            answer = self._retried(self._arguments(request, mode), call)
+            answer = self._retried(request, self._arguments(request, mode), call)
             if not (isinstance(answer, openai.APIStatusError) and answer.status_code in (400, 422)):
                 return answer
             culprit = self._culprit(str(answer.body))
@@ -201,22 +225,26 @@ class OpenAIChat:
                 arguments["response_format"] = {"type": "json_object"}
         return arguments
 
-    def _retried(self, arguments: dict[str, Any], call: _Call) -> str | openai.OpenAIError:
+    def _retried(self, request: Request, arguments: dict[str, Any], call: _Call) -> str | openai.OpenAIError:
         """The body of a 200, or the error after the last attempt; errors are returned, not raised."""
         left = self._deadline - call.elapsed()
 
         def once() -> str:
             remaining = max(self._deadline - call.elapsed(), 1e-3)
+            self._ledger.reserve(request, request.max_tokens or self._max_tokens)
             started = time.monotonic()
+            waited = max(call.elapsed() - call.busy(), 0.0)
             try:
                 raw = self._client.chat.completions.with_raw_response.create(
                     **arguments, timeout=min(self._timeout, remaining)
                 )
             except openai.OpenAIError as error:
                 status = getattr(error, "status_code", None)
-                call.attempts.append(Attempt(self._brief(error), time.monotonic() - started, status))
+                spent = time.monotonic() - started
+                call.attempts.append(Attempt(self._brief(error), spent, status, waited))
+                self._ledger.settle(call.attempts[-1])
                 raise
-            call.attempts.append(Attempt("ok", time.monotonic() - started, raw.status_code))
+            call.attempts.append(Attempt("ok", time.monotonic() - started, raw.status_code, waited))
             return raw.text
 
         retrying = tenacity.Retrying(
@@ -270,6 +298,10 @@ class _Call:
 
     def elapsed(self) -> float:
         return time.monotonic() - self.started
+
+    def busy(self) -> float:
+        """Seconds of the requests so far and of the waits between them."""
+        return sum(attempt.seconds + attempt.waited for attempt in self.attempts)
 
 
 def unbounded(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,56 +366,3 @@ def _retry_after(error: BaseException | None) -> float:
         date = email.utils.parsedate_tz(headers.get("retry-after", ""))
         seconds = 0.0 if date is None else email.utils.mktime_tz(date) - time.time()
     return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
-
-
-def _reply(body: str, model: str, mode: str, call: _Call) -> Reply:
-    """The Reply in a 200's body; whatever is wrong with it becomes its `finish_reason`."""
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError):
-        data = None
-    data = data if isinstance(data, dict) else {}
-    text, finish = (
-        "",
-        "empty" if data else "length" if len(body.encode()) >= bounded.MOST_BYTES else "malformed",
-    )
-    choices = data.get("choices")
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        message = choices[0].get("message")
-        message = message if isinstance(message, dict) else {}
-        text = _content(message.get("content"))
-        finish = str(choices[0].get("finish_reason") or "stop")
-        if message.get("refusal"):
-            finish = "refusal"
-        elif not text.strip() and finish not in ("length", "content_filter"):
-            finish = "empty"
-    name = data.get("model")
-    return Reply(
-        text,
-        finish,
-        _usage(data.get("usage")),
-        name if isinstance(name, str) else model,
-        call.elapsed(),
-        tuple(call.attempts),
-        mode,
-    )
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, list):  # some gateways answer in parts
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
-
-
-def _usage(usage: Any) -> Usage:
-    def number(node: Any, key: str) -> int | None:
-        value = node.get(key) if isinstance(node, dict) else None
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-    details = usage if isinstance(usage, dict) else {}
-    return Usage(
-        number(usage, "prompt_tokens"),
-        number(usage, "completion_tokens"),
-        number(details.get("completion_tokens_details"), "reasoning_tokens"),
-        number(details.get("prompt_tokens_details"), "cached_tokens"),
-    )

@@ -19,6 +19,7 @@ from llmevo.errors import ProposerError
 from llmevo.executors import Executor
 from llmevo.executors.local import LocalExecutor
 from llmevo.genome import Genome, yamltext
+from llmevo.llm.transcript import Recorder, Transcript
 from llmevo.optimizer import Optimizer
 from llmevo.pipeline import Job, Outcome, Split
 from llmevo.recipe import Recipes, num_layers
@@ -45,6 +46,7 @@ def run(
     *,
     observer: Observer,
     executor: Executor | None = None,
+    chat: Recorder | None = None,
     fresh: bool = False,
     limit: int | None = None,
 ) -> RunSummary:
@@ -57,6 +59,8 @@ def run(
         observer: Is shown what happens.
         executor: Where jobs run; None for local processes as `genome.run` says. One that is given is left
             open, except after a second signal.
+        chat: The proposer's language model; None for the one that `genome.llm` names, with its calls on
+            record in the run directory. One that is given records nothing.
         fresh: Move a run that lies there aside and begin anew.
         limit: Stop, resumably, after so many trials of this sitting.
 
@@ -76,7 +80,7 @@ def run(
         try:
             if len(store.trials()) < genome.search.trials:
                 workers.start()  # their models load while this process reads the genome
-            ending = _Sitting(genome, store, observer, workers, stop, limit).go()
+            ending = _Sitting(genome, store, observer, workers, stop, chat, limit).go()
         except BaseException:
             workers.release(cancel=True)
             raise
@@ -158,6 +162,7 @@ class _Sitting:
         observer: Observer,
         workers: _Workers,
         stop: Stop,
+        chat: Recorder | None,
         limit: int | None,
     ) -> None:
         self.genome = genome
@@ -170,7 +175,7 @@ class _Sitting:
         self.recipes = Recipes(genome, num_layers(genome))
         self.references = opening.references(genome, self.recipes)
         self.batch = opening.batch(genome.search, self.recipes.space)
-        self._chat = opening.client(genome)
+        self._chat = chat or opening.client(genome, store.run_dir)
         history = store.trials()
         self._pending = {trial.number: trial for trial in history if trial.state is State.PENDING}
         self.optimizer = Optimizer(
@@ -190,7 +195,13 @@ class _Sitting:
         """Search, then score the finalists; return the exit code and the reason."""
         history = self.optimizer.trials
         self.store.set_meta("references", len(self.references))
-        self.store.log("started", trials=len(history), pending=len(self._pending), **opening.environment())
+        self.store.log(
+            "started",
+            trials=len(history),
+            pending=len(self._pending),
+            budget=self.genome.search.trials,
+            **opening.environment(),
+        )
         self.observer.started(
             RunInfo(
                 self.store.run_dir,
@@ -207,6 +218,7 @@ class _Sitting:
         if self.optimizer.best is not None:
             self._save_best(self.optimizer.best)  # the last sitting may have died just before
         try:
+            self._find_mode()
             reason = self._search()
             if self.optimizer.best is None:
                 return 1, f"no trial was completed; {self._last_error()}"
@@ -216,6 +228,21 @@ class _Sitting:
         except Interrupted:
             return self.stop.exit_code, self._stopped()
         return 0, reason
+
+    def _find_mode(self) -> None:
+        """Ask the endpoint what it can do before the first trial, where there is anything left to ask it."""
+        left = self.genome.search.trials > len(self.optimizer.trials)
+        if not isinstance(self._chat, Transcript) or not left or self._left == 0:
+            return
+        self._chat.asking(len(self.optimizer.trials))
+        try:
+            with self.stop.interruptible():
+                found = opening.settle_mode(self._chat, self.genome.llm, self.store.run_dir)
+        except ProposerError as error:
+            raise _Halt(3, f"the proposer cannot begin: {error}") from error
+        if found is not None:
+            self.observer.note(found)
+            self.store.log("mode", found=found)
 
     def _stopped(self) -> str:
         assert self.stop.signal is not None
@@ -257,6 +284,8 @@ class _Sitting:
         first = max(len(self.references) - total, 0)
         n = min(first or self.batch, self.genome.search.trials - total)
         start = time.perf_counter()
+        if self._chat is not None:
+            self._chat.asking(total)
         try:
             with self.stop.interruptible():
                 asked = self.optimizer.ask(n)
@@ -270,6 +299,8 @@ class _Sitting:
         start = time.perf_counter()
         self.store.begin(trials)
         share = (time.perf_counter() - start) / len(trials)
+        if self._chat is not None:
+            self._chat.decided(trials)
         self._pending = {
             trial.number: replace(trial, cost={**trial.cost, "store": share}) for trial in trials
         }

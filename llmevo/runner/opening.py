@@ -10,9 +10,12 @@ from typing import Any
 
 from llmevo import evaluate
 from llmevo.errors import StoreError
-from llmevo.genome import Genome, SearchSpec, resumable_difference
-from llmevo.llm import DescribedClient, client_from
+from llmevo.genome import Genome, LLMSpec, SearchSpec, resumable_difference
+from llmevo.llm import DescribedClient, Endpoint, canary, client_from
+from llmevo.llm.ledger import Ledger, Limits, Price
 from llmevo.llm.prompt import Context
+from llmevo.llm.transcript import FOLDER, Transcript
+from llmevo.llm.transcript import MODES as MODES_FILE
 from llmevo.proposers import Proposer, make
 from llmevo.recipe import Recipes, Reference
 from llmevo.rundir import move_aside
@@ -86,15 +89,47 @@ def references(genome: Genome, recipes: Recipes) -> list[Reference]:
     return found if genome.search.references else [r for r in found if r.origin.startswith("warm_start:")]
 
 
-def client(genome: Genome) -> DescribedClient | None:
-    """The language model of the proposer; None if that asks none.
+def ledger(spec: LLMSpec) -> Ledger:
+    """What the run may spend on its language model, and what that costs."""
+    price = None if spec.price is None else Price(**spec.price.model_dump())
+    return Ledger(price, Limits(spec.max_calls, spec.max_total_tokens, spec.max_usd))
+
+
+def client(genome: Genome, run_dir: Path) -> Transcript | None:
+    """The language model of the proposer, with its calls on record; None if no model is asked.
 
     Raises:
         LLMError: It is not there, or its key is not.
+        StoreError: The records of earlier sittings cannot be read.
     """
     if genome.search.proposer not in ("llm", "hybrid"):
         return None
-    return client_from(genome.llm)
+    spec, counted = genome.llm, ledger(genome.llm)
+    chat = client_from(spec, counted)
+    return Transcript(chat, run_dir / FOLDER, counted, variable=spec.api_key_env, max_tokens=spec.max_tokens)
+
+
+def settle_mode(transcript: Transcript, spec: LLMSpec, run_dir: Path) -> str | None:
+    """Find out how the endpoint enforces a schema, unless the genome says or an earlier sitting found it.
+
+    Returns:
+        One line on what was found; None if there was nothing to find out.
+
+    Raises:
+        LLMError: The endpoint does not serve.
+    """
+    chat = transcript.client
+    if spec.mode != "auto" or not isinstance(chat, Endpoint):
+        return None
+    path = run_dir / FOLDER / MODES_FILE
+    known = canary.remembered(path, chat.base_url, chat.model)
+    if known is not None:
+        chat.enforce(known)
+        return f"answers are asked for as {known} (found in an earlier sitting)"
+    ladder = canary.climb(transcript)
+    chat.enforce(ladder.mode)
+    canary.remember(path, chat.base_url, chat.model, ladder.mode)
+    return ladder.describe()
 
 
 def proposer(genome: Genome, recipes: Recipes, chat: DescribedClient | None = None) -> Proposer:
