@@ -8,6 +8,14 @@ from typing import Any
 
 from llmevo.llm import Attempt, Reply, Usage, bounded
 
+# What gateways to Anthropic, Mistral and Gemini call the two.
+_FINISH = {
+    "max_tokens": "length",
+    "model_length": "length",
+    "safety": "content_filter",
+    "recitation": "content_filter",
+}
+
 
 def reply(body: str, model: str, mode: str, seconds: float, attempts: Sequence[Attempt]) -> Reply:
     """The Reply in a 200's body; whatever is wrong with it becomes its `finish_reason`."""
@@ -25,7 +33,8 @@ def reply(body: str, model: str, mode: str, seconds: float, attempts: Sequence[A
         message = choices[0].get("message")
         message = message if isinstance(message, dict) else {}
         text = _content(message.get("content"))
-        finish = str(choices[0].get("finish_reason") or "stop")
+        finish = str(choices[0].get("finish_reason") or "stop").casefold()
+        finish = _FINISH.get(finish, finish)
         if message.get("refusal"):
             finish = "refusal"
         elif not text.strip() and finish not in ("length", "content_filter"):

@@ -28,16 +28,20 @@ import tenacity
 from llmevo.errors import LLMAuthError, LLMError, LLMQuotaError, LLMTransportError
 from llmevo.llm import MODES, Attempt, Reply, Request, body, bounded
 from llmevo.llm.ledger import Ledger
+from llmevo.rundir import redact
 
 _BOUNDS = frozenset(
     {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
     | {"minLength", "maxLength", "pattern", "minItems", "maxItems", "uniqueItems"}
 )
 _VALIDATION = re.compile(
-    r"literal_error|validation|input should be|response_format|json_schema|extra_forbidden|grammar", re.I
+    r"literal_error|validation|input should be|response_format|json_schema|extra_forbidden|grammar"
+    r"|context.?(length|size|window)",
+    re.I,
 )
+_CONTEXT = re.compile(r"context.?(length|size|window)", re.I)
 # A refusal that no other response format would change.
-_HOPELESS = re.compile(r"api.?key|context.?length|maximum context|does not exist|model_not_found", re.I)
+_HOPELESS = re.compile(rf"api.?key|does not exist|model_not_found|{_CONTEXT.pattern}", re.I)
 _KEY = re.compile(r"api.?key", re.I)  # Gemini's endpoint refuses a key with 400
 _OFFICIAL = "https://api.openai.com/v1"
 
@@ -245,7 +249,7 @@ class OpenAIChat:
                 self._ledger.settle(call.attempts[-1])
                 raise
             call.attempts.append(Attempt("ok", time.monotonic() - started, raw.status_code, waited))
-            return raw.text
+            return redact(raw.text, self._variable)  # a gateway may repeat what it was sent
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_retriable),
@@ -269,7 +273,7 @@ class OpenAIChat:
         body = getattr(error, "body", None)
         if isinstance(body, str) and body not in text:
             text = f"{text}: {body}"
-        text = f"{type(error).__name__}: {text}".replace(self._client.api_key, "***")
+        text = redact(f"{type(error).__name__}: {text}", self._variable)
         return " ".join(text.split())[:300]
 
     def _error(self, error: openai.OpenAIError, call: _Call) -> LLMError:
@@ -285,6 +289,8 @@ class OpenAIChat:
         elif _permanent(error):
             kind = LLMError
             remedy = "check `llm.model` and `llm.base_url`"
+            if _CONTEXT.search(str(getattr(error, "body", ""))):
+                remedy = "serve the model with a longer context, or lower `llm.max_tokens`"
         requests = f"{len(call.attempts)} request" + "s" * (len(call.attempts) != 1)
         return kind(f"{self.model} at {self._host} failed after {requests}: {self._brief(error)}; {remedy}.")
 

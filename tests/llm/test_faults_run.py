@@ -103,6 +103,7 @@ class Search:
     def data(self) -> dict[str, Any]:
         search = {"proposer": "llm", "population": BATCH, "trials": self.trials, **self.search}
         llm = {"backend": "openai", "model": "m", "base_url": self.url, "timeout": 10, "attempts": 2}
+        llm["mode"] = "json_schema"  # no canary: the requests that are counted here are the search's
         return {**genome_data(**search), "llm": {**llm, **self.llm}}
 
     def go(self) -> RunSummary:
@@ -406,6 +407,15 @@ def test_an_endpoint_that_repeats_the_key(tmp_path: Path) -> None:
         body = reply([{**point, KEY: KEY}], authorization=f"Bearer {KEY}")
         server.script = [ok(body, model=f"m-{KEY}", id=KEY)]
         assert search.go().exit_code == 0
+
+
+def test_an_endpoint_that_repeats_the_key_in_useless_answers(tmp_path: Path) -> None:
+    """The reason why the run stopped names the model as the endpoint gives it."""
+    with serving(ok(f"Bearer {KEY}", model=f"m-{KEY}")) as server:
+        search = Search(tmp_path / "run", server.url, trials=REFERENCES + 12)
+        summary = search.go()
+    assert summary.exit_code == 3
+    assert KEY not in str(search.notes.lines)
 
 
 HYBRID = {"proposer": "hybrid", "base": "random", "share": 0.5, "warmup": REFERENCES, "population": 4}
