@@ -43,6 +43,10 @@ class Recorder(DescribedClient, Protocol):
         """These trials came of what was asked, and are in the store."""
         ...
 
+    def rejected(self) -> None:
+        """What was answered could not be used, and whoever goes on wants other answers."""
+        ...
+
 
 @final
 class Transcript:
@@ -171,6 +175,14 @@ class Transcript:
             self._write(record)
         self._asked = []
 
+    def rejected(self) -> None:
+        """What was answered since `asking` could not be used: it is kept, but it is not served again."""
+        for number in self._asked:
+            record = _load(self._path(number))
+            if record["state"] == "done":
+                self._write({**record, "state": "rejected"})
+        self._asked = []
+
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06d}.json"
 
@@ -212,6 +224,9 @@ class ReplayChat:
         self._trials = trials
 
     def decided(self, trials: Sequence[Trial]) -> None:
+        """Nothing is written."""
+
+    def rejected(self) -> None:
         """Nothing is written."""
 
     def complete(self, request: Request) -> Reply:

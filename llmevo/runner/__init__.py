@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
-from llmevo.errors import ProposerError
+from llmevo.errors import LLMContentError, ProposerError
 from llmevo.executors import Executor
 from llmevo.executors.local import LocalExecutor
 from llmevo.genome import Genome, yamltext
@@ -290,6 +290,8 @@ class _Sitting:
             with self.stop.interruptible():
                 asked = self.optimizer.ask(n)
         except ProposerError as error:
+            if self._chat is not None and isinstance(error, LLMContentError):
+                self._chat.rejected()
             raise _Halt(3, f"the proposer cannot go on: {error}") from error
         seconds = time.perf_counter() - start
         if not asked:
