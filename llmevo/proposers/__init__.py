@@ -27,6 +27,9 @@ PROPOSERS: dict[str, tuple[str, str]] = {
     "cma": ("llmevo.proposers.cma", "CMA"),
     "llm": ("llmevo.proposers.llm", "LLM"),
     "hybrid": ("llmevo.proposers.hybrid", "Hybrid"),
+    "warmstart": ("llmevo.proposers.warmstart", "Warmstart"),
+    "placebo": ("llmevo.proposers.placebo", "Placebo"),
+    "topk_mean": ("llmevo.proposers.topk_mean", "TopKMean"),
 }
 
 

@@ -15,22 +15,20 @@ from typing import Any, Literal, final
 
 import numpy as np
 
-from llmevo.errors import LLMError, ProposerError
+from llmevo.errors import LLMContentError, ProposerError
 from llmevo.llm import ChatClient, Message, Reply, Request, client_from
 from llmevo.llm.decode import Decoded, decode
 from llmevo.llm.digest import Ranked, rank
-from llmevo.llm.encode import level_key, schema
+from llmevo.llm.encode import schema
 from llmevo.llm.prompt import Context as Context
 from llmevo.llm.prompt import Prompts
 from llmevo.proposers import Direction
-from llmevo.proposers.ga import reflect
-from llmevo.space import Categorical, Params, Space
+from llmevo.proposers.nearby import Known
+from llmevo.space import Params, Space
 from llmevo.strength import OneFifth, Strength
 from llmevo.trial import Proposal, Trial
 
 _FALLBACKS_IN_A_ROW = 5
-_ATTEMPTS = 32  # at a point that is not known, each with wider noise
-_WIDEST = 0.5
 _PROBLEMS = {
     "length": "it was cut off before its end",
     "empty": "it was empty",
@@ -56,8 +54,13 @@ class LLM:
 
     Origins: `start` (the space's start point, once, before anything is known), `llm` (exactly what the model
     gave), `llm+noise` (that with noise of the current strength), `llm+mutated` (the model repeated a known
-    point or gave too few, so one of its points was mutated), `fallback:<reason>` (the answer was useless
-    twice; drawn around the best trial with the current strength, without the model).
+    point or gave too few, so one of its points was mutated), `llm+incumbent` (noise around the best trial, in
+    `mean` mode), `fallback:<reason>` (the answer was useless twice; drawn around the best trial with the
+    current strength, without the model).
+
+    In `mean` mode the model gives one genome for the whole batch: the first point is that mean itself, the
+    second lies around the best trial, the others around the mean. The best trial itself is not evaluated
+    again, since the same items would give the same score; its neighbourhood takes its place.
 
     `attrs["llm"]` says which call it was, and what the model gave where noise was added; the first point of a
     call also carries the counts of repairs, the tokens, and the hash of the templates. A bad answer never
@@ -69,12 +72,14 @@ class LLM:
         client: Which model; None for what `llm.client_from(LLMSpec())` finds, made on the first call.
         strength: Standard deviation of the noise by history; None for `OneFifth()`.
         context: What the model is told beyond the space; None for nothing.
-        perturb: Which new points get noise: the `rest` of a batch after its first, `all`, or `none`.
+        mode: `points` for one genome from the model per proposal, `mean` for one per batch.
+        perturb: Which new points get noise: the `rest` of a batch after its first, `all`, or `none`. In
+            `mean` mode all but the mean do.
         compact: Whether to ask in few words and without reasons; None: for clients with `small`.
         prompts: Folder with templates that replace those of llmevo; None for none.
 
     Raises:
-        ProposerError: `perturb` is not one of the three.
+        ProposerError: `mode` or `perturb` is none of these.
         GenomeError: A template is wrong.
     """
 
@@ -86,13 +91,17 @@ class LLM:
         client: ChatClient | None = None,
         strength: Strength | None = None,
         context: Context | None = None,
+        mode: Literal["points", "mean"] = "points",
         perturb: Literal["rest", "all", "none"] = "rest",
         compact: bool | None = None,
         prompts: str | Path | None = None,
     ) -> None:
         if perturb not in ("rest", "all", "none"):
             raise ProposerError(f"`perturb` must be 'rest', 'all' or 'none', but got {perturb!r}.")
+        if mode not in ("points", "mean"):
+            raise ProposerError(f"`mode` must be 'points' or 'mean', but got {mode!r}.")
         self.space = space
+        self.mode = mode
         self.direction: Direction = direction
         self.context = context or Context()
         self.perturb = perturb
@@ -109,18 +118,19 @@ class LLM:
         """
         seed = int(rng.integers(2**31))
         ranked = rank(trials, self.direction)
-        known = _Known(self.space, trials)
+        known = Known(self.space, trials)
         proposals = []
         if ranked.best is None and known.add(self.space.start()):
             proposals.append(Proposal(self.space.start(), "start"))
         if len(proposals) == n or known.complete:
             return proposals
         call = 1 + max((notes["call"] for notes, _ in _noted(trials)), default=-1)
-        answer = self._ask(n - len(proposals), trials, ranked, seed)
+        wanted = n - len(proposals) if self.mode == "points" else 1
+        answer = self._ask(wanted, trials, ranked, seed)
         problem = answer.decoded.problem
         if problem is not None and _fallbacks(trials) + 1 >= _FALLBACKS_IN_A_ROW:
             model = answer.reply.model or "the language model"
-            raise LLMError(
+            raise LLMContentError(
                 f"the last {_FALLBACKS_IN_A_ROW} answers of {model} could not be used, the last because "
                 f"{_why(problem)}; use another `llm.model`, a larger `llm.max_tokens` or another "
                 f"`search.proposer`, then resume the run."
@@ -130,7 +140,7 @@ class LLM:
         for slot, proposal in enumerate(made):
             notes = {"call": call, **proposal.attrs}
             if slot == 0:
-                notes |= {"asked": n - len(proposals), "seed": seed, **answer.notes}
+                notes |= {"asked": wanted, "seed": seed, **answer.notes}
             made[slot] = replace(proposal, attrs={"llm": notes})
         return proposals + made
 
@@ -139,7 +149,7 @@ class LLM:
         n: int,
         decoded: Decoded,
         ranked: Ranked,
-        known: _Known,
+        known: Known,
         sigma: float,
         rng: np.random.Generator,
     ) -> list[Proposal]:
@@ -152,6 +162,8 @@ class LLM:
                 if point is not None:
                     made.append(Proposal(point, f"fallback:{decoded.problem}", {"strength": sigma}))
             return made
+        if self.mode == "mean":
+            return self._around(n, decoded.points[0], ranked, known, sigma, rng)
         given = decoded.points[:n]
         for place in range(n):
             point = given[place % len(given)]
@@ -164,6 +176,23 @@ class LLM:
             if nearby is not None:
                 origin = "llm+noise" if fresh else "llm+mutated"
                 made.append(Proposal(nearby, origin, {"proposed": point, "strength": sigma}))
+        return made
+
+    def _around(
+        self, n: int, mean: Params, ranked: Ranked, known: Known, sigma: float, rng: np.random.Generator
+    ) -> list[Proposal]:
+        """The mean, a point around the incumbent, and the rest of a batch around the mean."""
+        made: list[Proposal] = []
+        for place in range(n):
+            if place == 0 and not known.copied(mean) and known.add(mean):
+                made.append(Proposal(mean, "llm"))
+                continue
+            incumbent = ranked.best if place == 1 else None
+            point = known.near(mean if incumbent is None else incumbent.params, sigma, rng)
+            if point is not None:
+                origin = "llm+incumbent" if incumbent else "llm+mutated" if place == 0 else "llm+noise"
+                notes = {"strength": sigma} if incumbent else {"proposed": mean, "strength": sigma}
+                made.append(Proposal(point, origin, notes))
         return made
 
     def _ask(self, n: int, trials: Sequence[Trial], ranked: Ranked, seed: int) -> _Answer:
@@ -212,62 +241,6 @@ class LLM:
         if reply.finish_reason in ("length", "empty", "malformed", "refusal", "content_filter", "context"):
             return Decoded(problem=reply.finish_reason)
         return decode(self.space, reply.text, parent)
-
-
-@final
-class _Known:
-    """The points of a history and of the batch in the making, to which new ones are added."""
-
-    def __init__(self, space: Space, trials: Sequence[Trial]) -> None:
-        self._space = space
-        self._keys = {space.key(trial.params) for trial in trials}
-        self._levels = {level_key(space, trial.params) for trial in trials}
-
-    @property
-    def complete(self) -> bool:
-        """Whether a finite space surely has no other point."""
-        return self._space.count is not None and len(self._keys) >= self._space.count
-
-    def copied(self, point: Params) -> bool:
-        """Whether a model that sees levels could not tell `point` from a known one."""
-        return level_key(self._space, point) in self._levels
-
-    def add(self, point: Params) -> bool:
-        """Add `point`; false if it was known."""
-        key = self._space.key(point)
-        if key in self._keys:
-            return False
-        self._keys.add(key)
-        self._levels.add(level_key(self._space, point))
-        return True
-
-    def near(self, point: Params, sigma: float, rng: np.random.Generator) -> Params | None:
-        """A new point around `point`, added; None if none was found anywhere."""
-        for attempt in range(_ATTEMPTS):
-            candidate = _noisy(self._space, point, min(sigma * 1.2**attempt, _WIDEST), rng)
-            if self.add(candidate):
-                return candidate
-        return self.anywhere(rng)
-
-    def anywhere(self, rng: np.random.Generator) -> Params | None:
-        """A new point of the whole space, added; None if none was found."""
-        for _ in range(max(_ATTEMPTS, 8 * min(self._space.count or 0, 1000))):
-            candidate = self._space.sample(rng)
-            if self.add(candidate):
-                return candidate
-        return None
-
-
-def _noisy(space: Space, point: Params, sigma: float, rng: np.random.Generator) -> Params:
-    """Normal steps on numbers, reflected at the bounds; choices redrawn with the probability `sigma`."""
-    unit = space.to_unit(point)
-    steps = rng.normal(0.0, sigma, len(unit))
-    draws = rng.random((2, len(unit)))
-    moved = reflect(unit + steps)
-    for index, gene in enumerate(space.genes.values()):
-        if isinstance(gene, Categorical) and not gene.ordered:
-            moved[index] = draws[1, index] if draws[0, index] < sigma else unit[index]
-    return space.from_unit(moved)
 
 
 def _noted(trials: Sequence[Trial]) -> Iterator[tuple[dict[str, Any], str]]:

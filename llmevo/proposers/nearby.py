@@ -1,0 +1,83 @@
+"""Points near other points, and none twice: what proposers without a distribution of their own draw from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+
+from llmevo.llm.encode import level_key
+from llmevo.proposers.ga import reflect
+from llmevo.space import Categorical, Params, Space
+from llmevo.trial import Trial
+
+_ATTEMPTS = 32  # at a point that is not known, each with wider noise
+_WIDEST = 0.5
+
+
+@final
+class Known:
+    """The points of a history and of the batch in the making, to which new ones are added.
+
+    Args:
+        space: What they are points of.
+        trials: The history.
+    """
+
+    def __init__(self, space: Space, trials: Sequence[Trial]) -> None:
+        self._space = space
+        self._keys = {space.key(trial.params) for trial in trials}
+        self._levels = {level_key(space, trial.params) for trial in trials}
+
+    @property
+    def complete(self) -> bool:
+        """Whether a finite space surely has no other point."""
+        return self._space.count is not None and len(self._keys) >= self._space.count
+
+    def copied(self, point: Params) -> bool:
+        """Whether a model that sees levels could not tell `point` from a known one."""
+        return level_key(self._space, point) in self._levels
+
+    def add(self, point: Params) -> bool:
+        """Add `point`; false if it was known."""
+        key = self._space.key(point)
+        if key in self._keys:
+            return False
+        self._keys.add(key)
+        self._levels.add(level_key(self._space, point))
+        return True
+
+    def near(self, point: Params, sigma: float, rng: np.random.Generator) -> Params | None:
+        """A new point around `point`, added; None if none was found anywhere.
+
+        Args:
+            point: The centre.
+            sigma: Standard deviation in the unit cube; grows with each attempt that hits a known point.
+            rng: Source of chance.
+        """
+        for attempt in range(_ATTEMPTS):
+            candidate = noisy(self._space, point, min(sigma * 1.2**attempt, _WIDEST), rng)
+            if self.add(candidate):
+                return candidate
+        return self.anywhere(rng)
+
+    def anywhere(self, rng: np.random.Generator) -> Params | None:
+        """A new point of the whole space, added; None if none was found."""
+        for _ in range(max(_ATTEMPTS, 8 * min(self._space.count or 0, 1000))):
+            candidate = self._space.sample(rng)
+            if self.add(candidate):
+                return candidate
+        return None
+
+
+def noisy(space: Space, point: Params, sigma: float, rng: np.random.Generator) -> Params:
+    """Normal steps on numbers, reflected at the bounds; choices redrawn with the probability `sigma`."""
+    unit = space.to_unit(point)
+    steps = rng.normal(0.0, sigma, len(unit))
+    draws = rng.random((2, len(unit)))
+    moved = reflect(unit + steps)
+    for index, gene in enumerate(space.genes.values()):
+        if isinstance(gene, Categorical) and not gene.ordered:
+            moved[index] = draws[1, index] if draws[0, index] < sigma else unit[index]
+    return space.from_unit(moved)
