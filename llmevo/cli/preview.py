@@ -118,11 +118,12 @@ def preview(genome: Genome, run_dir: Path, layers: int) -> Preview:
 def _without_language_model(genome: Genome) -> tuple[Genome | None, str]:
     """The genome with a proposer that asks no language model, or None if there is no such proposer."""
     search = genome.search
-    if search.proposer == "llm":
+    if search.proposer in ("llm", "warmstart"):
         return None, "the language model is asked when the run begins"
     if search.proposer == "hybrid":
         base = search.model_copy(update={"proposer": search.base})
-        note = f"the base proposer's; after {search.warmup} trials the language model has {search.share:.0%}"
+        guest = "the language model" if search.guest == "llm" else search.guest
+        note = f"the base proposer's; after {search.warmup} trials {guest} has {search.share:.0%} at most"
         return genome.model_copy(update={"search": base}), note
     return genome, "as they are before any result is known"
 

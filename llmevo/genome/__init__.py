@@ -131,10 +131,16 @@ class SearchSpec(Spec):
     """Who proposes, and how much.
 
     Attributes:
-        proposer: `random`, `sobol`, `ga`, `cma`, `llm` or `hybrid`.
-        base: hybrid only: the base proposer.
-        share: hybrid only: the LLM's exact share of the trials after `warmup`.
-        warmup: hybrid only: trials before the LLM's first.
+        proposer: `random`, `sobol`, `ga`, `cma`, `llm`, `hybrid`, `warmstart`, `placebo` or `topk_mean`.
+        base: hybrid and warmstart only: the base proposer.
+        guest: hybrid only: who has the share; a proposer without a model makes it a control.
+        share: hybrid only: the guest's highest share of the trials after `warmup`.
+        warmup: hybrid only: trials before the guest's first.
+        adapt: hybrid only: whether the share falls while the guest wins less than the base.
+        screen: hybrid only: whether points that the history speaks against are turned away.
+        on_outage: hybrid only: `base` to go on without a model that does not serve, labelled.
+        mode: One genome from the language model for each proposal, or one mean for each batch.
+        prompts: Folder whose files replace the prompts of the same name.
         trials: How many trials the search makes, references included.
         population: Trials per generation; None for the proposer's default.
         seed: Everything random follows from it.
@@ -146,8 +152,14 @@ class SearchSpec(Spec):
 
     proposer: str = "cma"
     base: str = "cma"
+    guest: Literal["llm", "placebo", "topk_mean", "ga", "random"] = "llm"
     share: Annotated[float, Field(ge=0, le=1)] = 0.3
     warmup: Annotated[int, Field(ge=0)] = 10
+    adapt: bool = True
+    screen: bool = True
+    on_outage: Literal["stop", "base"] = "stop"
+    mode: Literal["points", "mean"] = "points"
+    prompts: str | None = None
     trials: Annotated[int, Field(ge=1)] = 100
     population: Annotated[int, Field(ge=2)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
@@ -155,6 +167,11 @@ class SearchSpec(Spec):
     direction: Literal["maximize", "minimize"] = "maximize"
     references: bool = True
     sigma0: Annotated[float, Field(gt=0, le=1)] = 1 / 6
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether a language model proposes."""
+        return self.proposer in ("llm", "warmstart") or (self.proposer, self.guest) == ("hybrid", "llm")
 
 
 class EvaluateSpec(Spec):
@@ -240,6 +257,7 @@ class Genome(Spec):
 # A run may continue although these differ: they change how much is searched and how, not what a trial is.
 FREE = (
     "search.trials",
+    "search.on_outage",
     "run",
     "evaluate.finalists",
     "llm.base_url",

@@ -102,7 +102,7 @@ def client(genome: Genome, run_dir: Path) -> Transcript | None:
         LLMError: It is not there, or its key is not.
         StoreError: The records of earlier sittings cannot be read.
     """
-    if genome.search.proposer not in ("llm", "hybrid"):
+    if not genome.search.asks_model:
         return None
     spec, counted = genome.llm, ledger(genome.llm)
     chat = client_from(spec, counted)
@@ -138,22 +138,29 @@ def proposer(genome: Genome, recipes: Recipes, chat: DescribedClient | None = No
     Args:
         genome: What is searched.
         recipes: Its space and the models' short names.
-        chat: From `client`; needed by the proposers `llm` and `hybrid`.
+        chat: From `client`; needed where `search.asks_model`.
 
     Raises:
         ProposerError: No proposer has that name, or it cannot be made.
     """
     search, space = genome.search, recipes.space
+    name = "llm" if search.proposer == "warmstart" else search.proposer
+    if name == "hybrid":
+        name = search.guest
+    options = _options(name, genome, recipes, chat)
+    if search.proposer in ("hybrid", "warmstart"):
+        options |= {"base": search.base, "base_options": _options(search.base, genome, recipes, chat)}
+    if search.proposer == "warmstart":
+        options["budget"] = search.trials
     if search.proposer == "hybrid":
-        options = {
-            "base": search.base,
-            "base_options": _options(search.base, genome, recipes, chat),
+        options |= {
+            "guest": search.guest,
             "share": search.share,
             "warmup": search.warmup,
-            **_options("llm", genome, recipes, chat),
+            "adapt": search.adapt,
+            "screen": search.screen,
+            "on_outage": search.on_outage,
         }
-    else:
-        options = _options(search.proposer, genome, recipes, chat)
     return make(search.proposer, space, search.direction, **options)
 
 
@@ -163,8 +170,16 @@ def _options(name: str, genome: Genome, recipes: Recipes, chat: DescribedClient 
         return {"population": search.population, "sigma0": search.sigma0}
     if name == "ga":
         return {"population": search.population, "strength": strength(search)}
+    if name in ("placebo", "topk_mean"):
+        return {"strength": strength(search)}
     if name == "llm":
-        return {"client": chat, "strength": strength(search), "context": _context(genome, recipes)}
+        return {
+            "client": chat,
+            "strength": strength(search),
+            "context": _context(genome, recipes),
+            "mode": search.mode,
+            "prompts": search.prompts,
+        }
     return {}
 
 
