@@ -36,6 +36,8 @@ from search_run import FunctionExecutor, genome_data
 from llmevo import genome as genomes
 from llmevo import runner
 from llmevo.llm.encode import encode
+from llmevo.llm.ledger import Totals
+from llmevo.llm.transcript import read, spent
 from llmevo.recipe import Recipes
 from llmevo.runner import RunSummary
 from llmevo.space import Space
@@ -102,7 +104,9 @@ class Search:
 
     def data(self) -> dict[str, Any]:
         search = {"proposer": "llm", "population": BATCH, "trials": self.trials, **self.search}
-        llm = {"backend": "openai", "model": "m", "base_url": self.url, "timeout": 10, "attempts": 2}
+        # The mode is given, so that every request counted is one for proposals.
+        llm = {"backend": "openai", "model": "m", "base_url": self.url, "mode": "json_schema"}
+        llm |= {"timeout": 10, "attempts": 2}
         llm["mode"] = "json_schema"  # no canary: the requests that are counted here are the search's
         return {**genome_data(**search), "llm": {**llm, **self.llm}}
 
@@ -120,6 +124,10 @@ class Search:
     def history(self) -> list[Trial]:
         with Store.open(self.folder) as store:
             return store.trials()
+
+    def spent(self) -> Totals:
+        """What the ledger on disk adds up to."""
+        return spent(self.folder / "llm")
 
     def searched(self) -> list[Trial]:
         """The trials after the references."""
@@ -201,6 +209,7 @@ OUTAGES = {
 }
 LONGEST = 6.0  # seconds of any of them: none takes 3, but the cores may be busy
 SLOW = ("hang", "trickle")
+MAYBE_BILLED = ("500", "500 validation", "hang", "trickle", "reset", "half a body")
 
 
 @pytest.mark.parametrize("name", OUTAGES)
@@ -216,12 +225,22 @@ def test_an_outage_stops_the_run_and_healing_ends_it(name: str, tmp_path: Path, 
         assert said in summary.reason
         assert len(server.requests) == requests
         assert least <= took < LONGEST
+        # Every request is in the ledger; those that may have been billed hold their price.
+        spent = search.spent()
+        assert (spent.calls, spent.requests, spent.answered) == (1, requests, 0)
+        assert spent.unsettled == (requests if name in MAYBE_BILLED else 0)
+        (record,) = read(search.folder / "llm")
+        assert record["state"] == "failed"
+        assert said in record["error"]["message"]
         # No point of it was made up: the references are done, and nothing else was begun.
         assert [trial.state for trial in search.history()] == [State.COMPLETE] * REFERENCES
         heal(server, space_of(search))
         search.llm = {}
         assert search.go().exit_code == 0
         assert len(server.requests) == 2, "one request a batch, none for what is done"
+        after = search.spent()
+    assert (after.calls, after.requests, after.answered) == (3, requests + 2, 2)
+    assert (after.prompt, after.completion) == (22, 14), "what was answered is counted once"
     assert summary_of(search.history()) == expected
     assert {trial.origin for trial in search.searched()} == {"llm", "llm+noise"}
 
@@ -282,6 +301,7 @@ def test_a_useless_answer_is_repaired_once(name: str, tmp_path: Path) -> None:
     made = search.searched()
     assert made[0].origin == "llm"
     assert made[0].attrs["llm"]["repaired"] == problem
+    assert search.spent().requests == 2
     assert time.monotonic() - started < LONGEST
 
 
@@ -294,6 +314,7 @@ def test_useless_answers_are_labelled_and_the_fifth_stops_the_run(name: str, tmp
         assert (summary.exit_code, summary.resumable) == (3, True)
         assert "the last 5 answers" in summary.reason
         assert len(server.requests) == 10, "five calls, each with one repair"
+        assert search.spent().requests == search.spent().answered == 10
         made = search.searched()
         assert [trial.origin for trial in made] == [f"fallback:{problem}"] * 4 * BATCH
         heal(server, space_of(search))
@@ -416,6 +437,96 @@ def test_an_endpoint_that_repeats_the_key_in_useless_answers(tmp_path: Path) -> 
         summary = search.go()
     assert summary.exit_code == 3
     assert KEY not in str(search.notes.lines)
+
+
+def constrained(space: Space, kept: str | None) -> Step:
+    """A server that takes every response format and keeps one kind of them, or none.
+
+    Its model answers an unbound request as it is asked to; under a schema it must answer by that.
+    """
+    good = sensible(space)
+
+    def step(request: dict[str, Any]) -> Any:
+        form = request.get("response_format", {"type": "text"})
+        if "entries" in request["messages"][-1]["content"]:
+            return good(request)
+        if form["type"] != kept:
+            return ok("Bread is baked dough.")(request)
+        properties = form["json_schema"]["schema"]["properties"] if "json_schema" in form else {}
+        return ok(json.dumps({name: part["enum"][0] for name, part in properties.items()}))(request)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("kept", "mode", "canaries"),
+    [("json_schema", "json_schema", 1), ("json_object", "json_object", 3), (None, "text", 3)],
+)
+def test_formats_that_are_accepted_and_ignored(
+    kept: str | None, mode: str, canaries: int, tmp_path: Path
+) -> None:
+    """The canary finds out once a run, is in the ledger, and is not repeated by a resumed run."""
+    with serving(ok("")) as server:
+        search = Search(tmp_path / "run", server.url, llm={"mode": "auto"}, trials=REFERENCES + BATCH)
+        server.script = [constrained(space_of(search), kept)]
+        assert search.go().exit_code == 0
+        assert len(server.requests) == canaries + 1
+        search.trials += BATCH
+        assert search.go().exit_code == 0
+        assert len(server.requests) == canaries + 2
+    assert {trial.attrs["llm"].get("mode", mode) for trial in search.searched()} == {mode}
+    assert search.spent().requests == canaries + 2
+    assert any(mode in line for line in search.notes.lines)
+
+
+def test_an_outage_during_the_canary(tmp_path: Path, undisturbed: Any) -> None:
+    with serving(error(503, "loading")) as server:
+        search = Search(tmp_path / "run", server.url, llm={"mode": "auto"})
+        summary = search.go()
+        assert (summary.exit_code, len(server.requests)) == (3, 2)
+        server.script = [constrained(space_of(search), "json_schema")]
+        assert search.go().exit_code == 0
+    assert summary_of(search.history()) == undisturbed()
+
+
+def test_the_limit_on_requests_stops_the_run_and_a_higher_one_ends_it(
+    tmp_path: Path, undisturbed: Any
+) -> None:
+    with serving(ok("")) as server:
+        search = Search(tmp_path / "run", server.url, llm={"max_calls": 1})
+        server.script = [sensible(space_of(search))]
+        summary = search.go()
+        assert (summary.exit_code, summary.resumable) == (3, True)
+        assert "`llm.max_calls`" in summary.reason
+        assert len(server.requests) == 1
+        assert [trial.origin for trial in search.searched()] == ["llm", "llm+noise"]
+        search.llm = {"max_calls": 2}
+        assert search.go().exit_code == 0
+        assert len(server.requests) == 2
+    assert summary_of(search.history()) == undisturbed()
+
+
+def test_a_call_that_was_answered_is_not_paid_again(tmp_path: Path, undisturbed: Any) -> None:
+    """The process dies between answer and store: the next sitting takes the answer from the record."""
+    with serving(ok("")) as server:
+        search = Search(tmp_path / "run", server.url)
+        server.script = [sensible(space_of(search))]
+        with pytest.MonkeyPatch.context() as patch:
+            begin = Store.begin
+
+            def die(store: Store, trials: Any) -> None:
+                if server.requests:
+                    raise SystemError("power failure")
+                begin(store, trials)
+
+            patch.setattr(Store, "begin", die)
+            with pytest.raises(SystemError):
+                search.go()
+        assert len(server.requests) == 1
+        assert not search.searched()
+        assert search.go().exit_code == 0
+        assert len(server.requests) == 2
+    assert summary_of(search.history()) == undisturbed()
 
 
 HYBRID = {"proposer": "hybrid", "base": "random", "share": 0.5, "warmup": REFERENCES, "population": 4}
