@@ -37,7 +37,9 @@ def test_task_arithmetic_on_smollm2(smollm2: Path, run_mergekit, tmp_path: Path,
         "dtype": "bfloat16",
     }
     merger = Merger(MergeSpec(models=parents, base_model=str(smollm2)), device="cpu", dtype="bfloat16")
-    assert merger.bytes_held == 4 * merger.facts["bytes"] == 4 * 269_030_016
+    # A tensor that a parent has in common with the base is held once: steps of 1e-3 are lost on the final
+    # norm's large bfloat16 values (576 of them, in each of the three parents).
+    assert merger.bytes_held == 4 * 269_030_016 - 3 * 576 * 2
     start = time.perf_counter()
     written = merger.merge(recipe, seed=0)
     record_property("merge_seconds", time.perf_counter() - start)
