@@ -18,9 +18,11 @@ import numpy as np
 from llmevo.stats import Interval, paired_difference
 
 BUDGETS = (32, 64, 128)
+_BY_SPACE = ("ga", "topk_mean", "hybrid+placebo", "hybrid+random", "hybrid+good", "optuna-tpe", "pycma")
 _FLOOR = 1e-4  # a regret below this no evaluation here can tell from 0
 _CONTINUOUS = ("ellipsoid", "rastrigin", "rosenbrock")
 _MIXED = ("lora", "lora-far")
+_TOLD = ("+good", "+fair")  # scripted guests that know about where the optimum is
 
 Record = dict[str, Any]
 Runs = dict[str, dict[str, dict[int, Record]]]  # arm -> space -> seed
@@ -28,8 +30,11 @@ Runs = dict[str, dict[str, dict[int, Record]]]  # arm -> space -> seed
 
 def arranged(records: Iterable[Record]) -> Runs:
     """Runs by arm, space and seed."""
+    from arms import arms
+
+    order = {arm: place for place, arm in enumerate(arms())}
     runs: Runs = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: order.get(record["arm"], len(order))):
         runs.setdefault(record["arm"], {}).setdefault(record["space"], {})[record["seed"]] = record
     return runs
 
@@ -81,13 +86,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def medians(runs: Runs, count: int) -> str:
-    """Median regret by arm and space after `count` evaluations; the lowest of a column in bold."""
+    """Median regret by arm and space after `count` evaluations.
+
+    Bold is the lowest of a column among the arms that were not told the optimum.
+    """
     spaces = _spaces(runs)
     found = {
         arm: {space: list(regrets(runs, arm, space, count).values()) for space in spaces} for arm in runs
     }
     lowest = {
-        space: min((np.median(found[arm][space]) for arm in runs if found[arm][space]), default=0.0)
+        space: min(
+            (np.median(found[arm][space]) for arm in runs if found[arm][space] and not arm.endswith(_TOLD)),
+            default=0.0,
+        )
         for space in spaces
     }
     rows = []
@@ -96,7 +107,8 @@ def medians(runs: Runs, count: int) -> str:
         for space in spaces:
             values = found[arm][space]
             text = f"{np.median(values):.3f}" if values else "-"
-            cells.append(f"**{text}**" if values and np.median(values) <= lowest[space] else text)
+            front = values and not arm.endswith(_TOLD) and np.median(values) <= lowest[space]
+            cells.append(f"**{text}**" if front else text)
         rows.append([arm, *cells])
     return _table(["arm", *spaces], rows)
 
@@ -105,19 +117,21 @@ def _shown(found: Interval | None) -> str:
     return "-" if found is None else f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def ratios(runs: Runs, base: str = "cma") -> str:
-    """Regret over that of `base`, by budget and over all, on the spaces that both can search."""
+def ratios(
+    runs: Runs, base: str = "cma", arms: Iterable[str] | None = None, counts: Sequence[int] = BUDGETS
+) -> str:
+    """Regret over that of `base`, by budget and over all, on the instances that both have searched."""
     spaces = _spaces(runs)
     rows = [
         [
             arm,
-            *(_shown(ratio(runs, arm, base, spaces, (count,))) for count in BUDGETS),
-            _shown(ratio(runs, arm, base, spaces, BUDGETS)),
+            *(_shown(ratio(runs, arm, base, spaces, (count,))) for count in counts),
+            _shown(ratio(runs, arm, base, spaces, counts)),
         ]
-        for arm in runs
+        for arm in (runs if arms is None else arms)
         if arm != base
     ]
-    return _table(["arm", *(f"{count} evaluations" for count in BUDGETS), "all three"], rows)
+    return _table(["arm", *(f"{count} evaluations" for count in counts), "all"], rows)
 
 
 def ratios_by_space(runs: Runs, arms: Sequence[str], base: str = "cma") -> str:
@@ -178,7 +192,7 @@ def verdicts(runs: Runs) -> list[str]:
 
 def _mixed(runs: Runs, space: str) -> str:
     """Whether the default proposer is at or near the front of a mixed space."""
-    rivals = [arm for arm in runs if not arm.startswith("hybrid") and arm != "cma"]
+    rivals = [arm for arm in runs if "+" not in arm and arm != "cma"]
     against = {arm: ratio(runs, "cma", arm, [space], BUDGETS) for arm in rivals}
     ahead = [f"{arm} {_shown(found)}" for arm, found in against.items() if found and found.low > 1]
     near = [
@@ -211,10 +225,21 @@ def models(runs: Runs) -> str:
                     f"{100 * usable / calls:.1f} %",
                     f"{total.get('repaired', 0)}",
                     f"{100 * total.get('copied', 0) / points:.1f} %",
-                    f"{100 * points / total['evaluations']:.1f} %",
+                    f"{100 * total.get('turned_away', 0) / points:.1f} %",
+                    f"{100 * (points - total.get('turned_away', 0)) / total['evaluations']:.1f} %",
                 ]
             )
-    return _table(["arm", "runs", "calls", "usable", "repaired", "points that were copies", "share"], rows)
+    head = [
+        "arm",
+        "runs",
+        "calls",
+        "usable",
+        "repaired",
+        "points: copies",
+        "turned away",
+        "of the evaluations",
+    ]
+    return _table(head, rows)
 
 
 def draw(runs: Runs, folder: Path) -> Path:
@@ -240,6 +265,9 @@ def draw(runs: Runs, folder: Path) -> Path:
                 panel.plot(counts, curve, label=arm, **styles[arm])
         panel.set_title(space, fontsize=10)
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
+        panel.tick_params(labelsize=8, which="both")
         panel.grid(alpha=0.25, which="both")
     for panel in list(axes.flat)[len(spaces) :]:
         panel.set_axis_off()
@@ -289,6 +317,14 @@ def report(records: Iterable[Record], folder: Path) -> str:
     seeds = sorted({len(found) for by_space in full.values() for found in by_space.values()})
     parts = ["## Verdicts", *verdicts(full), f"\nseeds per arm and space: {seeds}"]
     parts += ["\n## Regret over that of cma", ratios(full)]
+    if "hybrid+placebo" in full:
+        guests = [arm for arm in full if "+" in arm]
+        parts += ["\n## Regret over that of the placebo hybrid", ratios(full, "hybrid+placebo", guests)]
+    parts += ["\n## Regret over that of cma, by space", ratios_by_space(full, _BY_SPACE)]
+    if "hybrid+smollm2" in runs:
+        parts.append("\n## The real model, as far as it was run")
+        for base in ("cma", "hybrid+placebo", "random"):
+            parts += [f"\nover {base}", ratios(runs, base, ["hybrid+smollm2"], (16, 32, 48))]
     for count in BUDGETS:
         parts += [f"\n## Median regret after {count} evaluations", medians(full, count)]
     parts += ["\n## Answers of the models", models(runs)]

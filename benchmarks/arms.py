@@ -17,7 +17,7 @@ from guests import FAIR_CHOICE, FAIR_NOISE, GOOD_CHOICE, GOOD_NOISE, guesser, ra
 from spaces import Problem
 
 from llmevo import Optimizer
-from llmevo.proposers import PROPOSERS, make
+from llmevo.proposers import make
 from llmevo.space import Categorical, Int, Params
 from llmevo.trial import Score
 
@@ -221,7 +221,12 @@ def _hybrid(client: Callable[[Problem], Any]) -> Build:
 
 
 def _placebo(problem: Problem) -> Any:
-    return make("hybrid", problem.space, "maximize", guest=make("placebo", problem.space, "maximize"))
+    return make("hybrid", problem.space, "maximize", guest="placebo")
+
+
+def _warmstart(client: Callable[[Problem], Any]) -> Build:
+    """The model is asked once, for the first points."""
+    return lambda problem: make("warmstart", problem.space, "maximize", client=client(problem))
 
 
 OURS: dict[str, Build] = {
@@ -234,9 +239,10 @@ OURS: dict[str, Build] = {
     "hybrid+random": _hybrid(random_json),
     "hybrid+fair": _hybrid(lambda problem: guesser(problem, FAIR_NOISE, FAIR_CHOICE)),
     "hybrid+good": _hybrid(lambda problem: guesser(problem, GOOD_NOISE, GOOD_CHOICE)),
+    "warmstart+random": _warmstart(random_json),
+    "warmstart+fair": _warmstart(lambda problem: guesser(problem, FAIR_NOISE, FAIR_CHOICE)),
     "hybrid+smollm2": _hybrid(lambda problem: _smollm2()),
 }
-_NEEDS = {"topk_mean": "topk_mean", "hybrid+placebo": "placebo"}
 _LIBRARIES: dict[str, Callable[[Problem, int, Sequence[Params], int], Search]] = {
     "optuna-tpe": optuna_tpe,
     "optuna-cma": optuna_cma,
@@ -248,9 +254,8 @@ SLOW = ("hybrid+smollm2",)
 
 
 def arms() -> list[str]:
-    """The arms that this version of llmevo can run, those of a real model last."""
-    here = [name for name in OURS if _NEEDS.get(name, name) in PROPOSERS or name not in _NEEDS]
-    return [name for name in here if name not in SLOW] + list(_LIBRARIES) + list(SLOW)
+    """Every arm, those of a real model last."""
+    return [name for name in OURS if name not in SLOW] + list(_LIBRARIES) + list(SLOW)
 
 
 def fits(arm: str, problem: Problem) -> bool:
