@@ -1,4 +1,4 @@
-"""The command line: `llmevo run`, `validate`, `status`, `show`, `best`, `export`, `report`.
+"""The command line: `llmevo run`, `validate`, `status`, `show`, `best`, `export`, `report`, `replay`, `llm`.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 finished, 1 error, 2 usage or genome, 3 stopped
 early and resumable, 130 interrupted. Commands import what they need when they run, so that help is quick.
@@ -6,7 +6,6 @@ early and resumable, 130 interrupted. Commands import what they need when they r
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from llmevo.cli import model, replay
+from llmevo.cli.output import say as _print
+from llmevo.cli.output import say_json as _print_json
 from llmevo.errors import GenomeError, LlmevoError, SpaceError, TrialError
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(model.app, name="llm")
+app.command()(replay.replay)
 
 GenomePath = Annotated[
     Path, typer.Argument(metavar="GENOME", help="The YAML file that says what to search.", show_default=False)
@@ -52,15 +57,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the genome; may be repeated."),
 ]
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text.rstrip("\n") + "\n")
-    sys.stdout.flush()
-
-
-def _print_json(data: Any) -> None:
-    _print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 @app.command()

@@ -80,6 +80,7 @@ def status(findings: Findings) -> str:
         ("proposer", findings.genome.search.proposer),
         *([("language model", findings.language_model)] if findings.language_model else []),
         ("origins", origins(findings)),
+        *_language_model(findings),
         ("time", times(findings)),
     ]
     return pairs(facts)
@@ -93,6 +94,15 @@ def _counted(counts: dict[str, int], budget: int) -> str:
 def origins(findings: Findings) -> str:
     """How many trials came from where."""
     return ", ".join(f"{count} {origin}" for origin, count in findings.summary.origins.items()) or "none"
+
+
+def _language_model(findings: Findings) -> list[tuple[str, str]]:
+    """What the language model took and gave; nothing if none was asked."""
+    summary, facts = findings.summary, []
+    if summary.llm_share is not None:
+        share = f"{summary.proposed} of {summary.intended} ({percent(summary.llm_share)})"
+        facts.append(("llm's own", f"{share} of the proposals that were to be the language model's"))
+    return [*facts, ("spent", findings.money())] if findings.money() else facts
 
 
 def times(findings: Findings) -> str:
@@ -109,6 +119,7 @@ def end_of_run(findings: Findings) -> str:
     facts = [
         ("trials", _counted(findings.counts(), findings.genome.search.trials)),
         ("origins", origins(findings)),
+        *_language_model(findings),
         ("time", times(findings)),
         ("run", str(run)),
     ]

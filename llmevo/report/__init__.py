@@ -84,9 +84,16 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
         ("trials", f"{counts['complete']} ok, {counts['failed']} failed"),
         ("proposer", findings.genome.search.proposer),
         *([("language model", findings.language_model)] if findings.language_model else []),
+        *([("spent on it", findings.money())] if findings.money() else []),
+        *([("its own proposals", _own(findings))] if findings.summary.intended else []),
         ("seed", str(findings.genome.search.seed)),
         ("time in trials", duration(sum(findings.summary.seconds.values()))),
     ]
+
+
+def _own(findings: Findings) -> str:
+    summary = findings.summary
+    return f"{summary.proposed} of {summary.intended} that it was to make"
 
 
 def _section(title: str, body: str) -> str:

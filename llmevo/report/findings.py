@@ -12,6 +12,7 @@ from typing import Any, final
 from llmevo import genome as genomes
 from llmevo.errors import StatsError
 from llmevo.genome import Genome
+from llmevo.llm.ledger import Totals
 from llmevo.runner.finals import summarise
 from llmevo.runner.observer import Row, RunSummary
 from llmevo.stats import Interval, paired_difference
@@ -19,6 +20,7 @@ from llmevo.store import Store
 from llmevo.trial import Score, State, Trial
 
 _Z95 = 1.959964
+LLM_RUN = 0.8  # a run whose intended LLM proposals are the model's own to a lesser share is not called one
 _PACKAGES = ("llmevo", "numpy", "cmaes", "torch", "transformers", "peft", "mergekit", "lm-eval", "openai")
 
 
@@ -53,6 +55,25 @@ def duration(seconds: float) -> str:
 def percent(level: float) -> str:
     """A confidence level for a person: `95 %`."""
     return f"{100 * level:.3g} %"
+
+
+def spending(money: Totals) -> str:
+    """Calls, tokens and dollars for a person; what is unknown is called that."""
+
+    def count(tokens: int | None) -> str:
+        return "unknown" if tokens is None else str(tokens)
+
+    requests = f"{money.requests} request" + "s" * (money.requests != 1)
+    parts = [
+        f"{money.calls} call" + "s" * (money.calls != 1) + f" ({requests}, {money.answered} answered)",
+        f"tokens: {count(money.prompt)} prompt (cached {count(money.cached)}), "
+        f"{count(money.completion)} completion (reasoning {count(money.reasoning)})",
+        "dollars unknown" if money.usd is None else f"${money.usd:.4f}",
+    ]
+    if money.unsettled:
+        most = "an unknown sum" if money.held_usd is None else f"${money.held_usd:.4f}"
+        parts.append(f"at most {most} more for {money.unsettled} without an answer")
+    return "; ".join(parts)
 
 
 @final
@@ -189,7 +210,24 @@ class Findings:
         return 1 if self.better(low, 0.0) else -1
 
     def verdict(self) -> str:
-        """Whether the gain is larger than the noise, in sentences that claim no more than the items show."""
+        """Whether the gain is larger than the noise, and whose it is, in sentences that claim no more."""
+        return " ".join(part for part in (self._gain(), self.not_an_llm_run()) if part)
+
+    def not_an_llm_run(self) -> str:
+        """Why this is no run of a language model, where too few of its proposals are its own; else empty."""
+        summary = self.summary
+        if summary.llm_share is None or summary.llm_share >= LLM_RUN:
+            return ""
+        return (
+            f"This is not an LLM run: of {summary.intended} trials that the language model was to propose, "
+            f"{summary.proposed} ({percent(summary.llm_share)}) are its own."
+        )
+
+    def money(self) -> str:
+        """What the language model took; empty if none was asked."""
+        return "" if self.summary.money is None else spending(self.summary.money)
+
+    def _gain(self) -> str:
         row = self.winner
         if self.summary.best is None:
             return "Every trial so far has failed or is still to come; see the reasons below."
@@ -284,6 +322,10 @@ class Findings:
             "uniform_gap": _interval_json(self.uniform_gap()),
             "held_out_items": self.held_out_items(),
             "language_model": self.language_model,
+            "llm": None if summary.money is None else summary.money.to_json(),
+            "llm_intended": summary.intended,
+            "llm_proposed": summary.proposed,
+            "llm_share": summary.llm_share,
             "versions": dict(self.versions),
         }
 

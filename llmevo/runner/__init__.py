@@ -175,7 +175,8 @@ class _Sitting:
         self.recipes = Recipes(genome, num_layers(genome))
         self.references = opening.references(genome, self.recipes)
         self.batch = opening.batch(genome.search, self.recipes.space)
-        self._chat = chat or opening.client(genome, store.run_dir)
+        asked = opening.asks_model(genome.search)
+        self._chat = chat if chat is not None and asked else opening.client(genome, store.run_dir)
         history = store.trials()
         self._pending = {trial.number: trial for trial in history if trial.state is State.PENDING}
         self.optimizer = Optimizer(

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from llmevo.errors import StatsError
+from llmevo.llm.ledger import Price, Totals
+from llmevo.llm.transcript import FOLDER, spent
 from llmevo.proposers import Direction
 from llmevo.runner.observer import Row, RunSummary
 from llmevo.stats import Interval, paired_difference
@@ -18,6 +20,7 @@ from llmevo.trial import Score, Trial
 
 EVOLVED = "evolved"
 _ERROR_RATE = 0.05  # of all the finalists' intervals together (Bonferroni)
+_OWN = ("llm", "llm+noise")  # what the model said, as it is or with the strategy's noise
 _KINDS = ("baseline", "parent", "uniform", "warm_start")
 
 
@@ -75,6 +78,7 @@ def summarise(store: Store, ending: tuple[int, str] | None = None, elapsed: floa
         finalists=store.genome.evaluate.finalists,
     )
     best = ranked(trials, search.direction)
+    intended, proposed = attributed(trials)
     seconds: Counter[str] = Counter()
     for trial in trials:
         seconds.update({phase: value for phase, value in trial.cost.items() if isinstance(value, float)})
@@ -92,7 +96,35 @@ def summarise(store: Store, ending: tuple[int, str] | None = None, elapsed: floa
         origins=dict(Counter(trial.origin for trial in trials)),
         seconds=dict(seconds),
         elapsed=elapsed,
+        money=_money(store),
+        intended=intended,
+        proposed=proposed,
     )
+
+
+def _money(store: Store) -> Totals | None:
+    folder = store.run_dir / FOLDER
+    spec = store.genome.llm.price
+    price = None if spec is None else Price(**spec.model_dump())
+    return spent(folder, price) if folder.is_dir() else None
+
+
+def attributed(trials: Iterable[Trial]) -> tuple[int, int]:
+    """How many trials a language model was to propose, and how many are its own.
+
+    A stand-in during an outage, a fallback after a useless answer, a mutation of a point that the model
+    repeated, and the base's point in place of one that was turned away were meant to be the model's, and are
+    not. Points around the best trial in `mean` mode are part of the method and count for neither.
+    """
+    intended = proposed = 0
+    for trial in trials:
+        kind = trial.origin.split(":")[0]
+        turned_away = trial.attrs.get("turned_away", [])
+        intended += sum(str(note["origin"]).startswith(("llm", "fallback")) for note in turned_away)
+        own = trial.origin in _OWN
+        proposed += own
+        intended += own or kind in ("outage", "fallback") or trial.origin == "llm+mutated"
+    return intended, proposed
 
 
 def table(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, final
 
 from llmevo.genome import Genome
+from llmevo.llm.ledger import Totals
 from llmevo.space import Space
 from llmevo.stats import Interval
 from llmevo.trial import Score, Trial
@@ -75,6 +76,9 @@ class RunSummary:
         origins: Number of trials by origin.
         seconds: Wall time summed over all trials by phase: `propose`, `merge`, `evaluate`, `store`, ...
         elapsed: Wall time of this sitting.
+        money: Calls, tokens and dollars of the language model, all sittings together; None if none was asked.
+        intended: Trials that the language model was to propose.
+        proposed: Of those, the ones that are its own: no stand-in's and no mutation of what it repeated.
     """
 
     run_dir: Path
@@ -89,6 +93,14 @@ class RunSummary:
     origins: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     elapsed: float = 0.0
+    money: Totals | None = None
+    intended: int = 0
+    proposed: int = 0
+
+    @property
+    def llm_share(self) -> float | None:
+        """`proposed` over `intended`; None where the language model was to propose nothing."""
+        return self.proposed / self.intended if self.intended else None
 
 
 class Observer(Protocol):

@@ -13,7 +13,7 @@ from llmevo.errors import StoreError
 from llmevo.genome import Genome, LLMSpec, SearchSpec, resumable_difference
 from llmevo.llm import DescribedClient, Endpoint, canary, client_from
 from llmevo.llm.ledger import Ledger, Limits, Price
-from llmevo.llm.prompt import Context
+from llmevo.llm.prompt import Context, cards
 from llmevo.llm.transcript import FOLDER, Transcript
 from llmevo.llm.transcript import MODES as MODES_FILE
 from llmevo.proposers import Proposer, make
@@ -93,6 +93,11 @@ def ledger(spec: LLMSpec) -> Ledger:
     """What the run may spend on its language model, and what that costs."""
     price = None if spec.price is None else Price(**spec.price.model_dump())
     return Ledger(price, Limits(spec.max_calls, spec.max_total_tokens, spec.max_usd))
+
+
+def asks_model(search: SearchSpec) -> bool:
+    """Whether the proposer asks a language model."""
+    return search.proposer in ("llm", "hybrid", "warmstart")
 
 
 def client(genome: Genome, run_dir: Path) -> Transcript | None:
@@ -193,6 +198,7 @@ def _context(genome: Genome, recipes: Recipes) -> Context:
         models=list(recipes.labels.values()),
         method=methods if isinstance(methods, str) else "one of " + ", ".join(methods),
         budget=genome.search.trials - unseen,
+        cards=cards(genome.genome.methods),
     )
 
 
