@@ -90,6 +90,25 @@ class Successes:
         )
 
 
+def improvements(trials: Sequence[Trial], direction: Direction) -> list[bool]:
+    """For each trial, whether it beat the incumbent of its batch's beginning by more than the noise."""
+    sign = 1.0 if direction == "maximize" else -1.0
+    won: list[bool] = []
+    incumbent: Score | None = None
+    for _, group in groupby(trials, key=lambda trial: trial.batch):
+        scores = [trial.score for trial in group]
+        if incumbent is None:
+            won += [False] * len(scores)
+            known = [score for score in scores if score is not None]
+        else:
+            before = incumbent
+            better = [score is not None and _beats(score, before, sign, 1.0) for score in scores]
+            won += better
+            known = [score for score, hit in zip(scores, better, strict=True) if hit and score is not None]
+        incumbent = max(known, key=lambda score: sign * score.value, default=incumbent)
+    return won
+
+
 def _beats(score: Score, incumbent: Score, sign: float, z: float) -> bool:
     gain = sign * (score.value - incumbent.value)
     return gain > 0 and gain > z * difference_error(score, incumbent)

@@ -13,13 +13,13 @@ from typing import final
 
 import numpy as np
 
-from llmevo.llm.encode import LEVELS, names
-from llmevo.space import Categorical, Space
+from llmevo.llm.encode import LEVELS, encode_value, names
+from llmevo.space import Categorical, Int, Space
 from llmevo.trial import State, Trial
 
 _ENOUGH = 8  # trials before a trend is worth a word
 _TRENDS = 8
-_COUPLINGS = 3
+_COUPLINGS = 5
 _FAILURES = 3
 _CLEAR = 0.6
 
@@ -63,12 +63,22 @@ def digits(values: Sequence[float]) -> int:
     return 17
 
 
-def digest(space: Space, ranked: Ranked) -> list[str]:
-    """Findings, one sentence each: stagnation, trends, couplings, failing choices."""
+def digest(space: Space, ranked: Ranked, strength: float | None = None) -> list[str]:
+    """Findings, one sentence each: incumbent, strength, stagnation, trends, couplings, failing regions.
+
+    Args:
+        space: What the trials are points of.
+        ranked: The history.
+        strength: The mutation strength in force, in the unit cube; None to say nothing of it.
+    """
     lines = []
     if ranked.best is not None:
+        values = [trial.value or 0.0 for trial in ranked.complete]
+        shown = f"{ranked.best.value:.{digits(values[:_ENOUGH])}g}"
         since = sum(trial.number > ranked.best.number for trial in ranked.last)
-        lines.append(f"Trials since the best was found: {since}.")
+        lines.append(f"Best score: {shown}, found {since} trials ago; the median is {np.median(values):.4g}.")
+    if strength is not None:
+        lines.append(f"New points are drawn {100 * strength:.2g} percent of an axis around their parents.")
     if len(ranked.complete) >= _ENOUGH:
         top = ranked.complete[: max(math.ceil(len(ranked.complete) / 4), 3)]
         lines += _trends(space, ranked.complete, top)
@@ -126,15 +136,35 @@ def _couplings(space: Space, complete: Sequence[Trial]) -> list[str]:
 
 
 def _failing(space: Space, ranked: Ranked) -> list[str]:
-    """Choices with which every trial failed."""
+    """Choices, and ends of axes, with which every trial failed."""
     lines = []
     shown = names(space)
     for name, gene in space.genes.items():
         if not isinstance(gene, Categorical):
+            lines += _failing_end(space, ranked, name)
             continue
         for choice in gene.choices:
             failed = sum(trial.params.get(name) == choice for trial in ranked.failed)
             worked = any(trial.params.get(name) == choice for trial in ranked.complete)
             if failed >= _FAILURES and not worked:
                 lines.append(f"All {failed} trials with {shown[name]} = {json.dumps(choice)} failed.")
+    return lines
+
+
+def _failing_end(space: Space, ranked: Ranked, name: str) -> list[str]:
+    """The end of a numeric gene's axis beyond which nothing worked and much failed."""
+    gene, shown = space.genes[name], names(space)[name]
+    failed, worked = (
+        [value for trial in trials if isinstance(value := trial.params.get(name), (int, float))]
+        for trials in (ranked.failed, ranked.complete)
+    )
+    if not worked:
+        return []
+    lines = []
+    for sign, word in ((1, "above"), (-1, "below")):
+        edge = max(sign * value for value in worked)
+        beyond = [value for value in failed if sign * value > edge]
+        if len(beyond) >= _FAILURES and len(beyond) == len(failed):
+            limit = encode_value(gene, sign * edge if not isinstance(gene, Int) else int(sign * edge))
+            lines.append(f"All {len(beyond)} failures have {shown} {word} {limit}, where nothing worked.")
     return lines

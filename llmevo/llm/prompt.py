@@ -1,27 +1,46 @@
 """Prompts: what a language model is told, in a fixed order, from the templates in `prompts/`.
 
-Templates are `string.Template` files; their placeholders are checked when they are loaded. Names, goals and
-error messages come from files and programs that somebody else may have written, so they are quoted as JSON
-strings and cut.
+Templates are `string.Template` files; their placeholders are checked when they are loaded. A user's folder
+replaces them file by file. The files: `system` (who the model is), `warmstart` and `propose` (the task,
+before and after the first result), `contract` (the form of the answer), `repair` (what is added after a
+useless answer), `hybrid_state` (what a numerical optimizer beside the model does), `block`, `handles` (what
+of a large space is shown), `compact` (all of it in few words, for small models), and `cards/*`: what is known
+of a method, its ranges and couplings.
+
+The order is fixed: goal, direction, noise and budget; models, tasks, method and its card; the parameters; the
+findings; the optimizer beside; the results from worst to best; failures; the task and the form of the answer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
 
 from llmevo.errors import GenomeError
 from llmevo.llm import Message
-from llmevo.llm.digest import Ranked, digest, digits
-from llmevo.llm.encode import domain, encode, level_key, names, text
+from llmevo.llm.blocks import View
+from llmevo.llm.digest import Ranked, digest, rank
+from llmevo.llm.encode import domain, names
+from llmevo.llm.show import (
+    around,
+    failures,
+    quote,
+    record,
+    roles,
+    rows,
+    running,
+    table,
+    turned_away,
+)
 from llmevo.resources import read
 from llmevo.space import Space
-from llmevo.trial import Trial
+from llmevo.trial import Direction, Trial
 
 PLACEHOLDERS: dict[str, frozenset[str]] = {
     "system": frozenset(),
@@ -41,16 +60,34 @@ PLACEHOLDERS: dict[str, frozenset[str]] = {
             "failures",
             "n",
             "roles",
+            "focus",
+            "state",
         }
         | {"contract"}
     ),
+    "hybrid_state": frozenset({"base", "share", "record", "around", "running", "turned"}),
+    "block": frozenset({"shown", "total"}),
+    "handles": frozenset({"shown", "total"}),
     "compact": frozenset({"direction", "table", "history", "n", "contract"}),
     "contract": frozenset({"n", "keys", "why"}),
     "repair": frozenset({"problem"}),
+    "cards/lora": frozenset(),
+    "cards/merge_linear": frozenset(),
+    "cards/merge_slerp": frozenset(),
+    "cards/merge_task_vectors": frozenset(),
 }
-_BEST, _LAST, _FAILED = 8, 4, 3
 _COMPACT_BEST = 5
-_ROLES = ("refine the best", "combine two good results", "test one value that was not tried")
+_BLANK = re.compile(r"\n\s*\n\s*\n+")
+_AVERAGES = ("linear", "multislerp", "nuslerp", "karcher", "model_stock")
+
+
+def cards(methods: Sequence[str]) -> list[str]:
+    """The cards that say what is known of these merge methods."""
+    found = {
+        "merge_slerp" if m == "slerp" else "merge_linear" if m in _AVERAGES else "merge_task_vectors"
+        for m in methods
+    }
+    return sorted(found)
 
 
 @final
@@ -66,6 +103,7 @@ class Context:
         meanings: What a gene does, by gene name.
         noise: One standard error of a score; None to take the incumbent's own.
         budget: Trials of the whole search; None if unknown.
+        cards: Which of `cards/` apply: `lora`, `merge_linear`, `merge_slerp`, `merge_task_vectors`.
     """
 
     goal: str = ""
@@ -75,12 +113,7 @@ class Context:
     meanings: Mapping[str, str] = field(default_factory=dict)
     noise: float | None = None
     budget: int | None = None
-
-
-def quote(untrusted: str, longest: int = 120) -> str:
-    """Somebody else's text as one JSON string of bounded length."""
-    line = " ".join(untrusted.split())
-    return json.dumps(line if len(line) <= longest else line[: longest - 1] + "…", ensure_ascii=False)
+    cards: Sequence[str] = ()
 
 
 @final
@@ -91,17 +124,16 @@ class Prompts:
         folder: A folder whose files of the same name replace ours; None for ours alone.
 
     Raises:
-        GenomeError: A template has an unknown placeholder, or lacks one that the answer depends on.
+        GenomeError: A template has an unknown placeholder, or lacks one that the answer depends on; or the
+            folder is not there, or has a file that replaces nothing.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._templates: dict[str, string.Template] = {}
         self.hashes: dict[str, str] = {}
+        own = {} if folder is None else _own(Path(folder))
         for name, allowed in PLACEHOLDERS.items():
-            own = None if folder is None else Path(folder) / f"{name}.md"
-            source = (
-                own.read_text("utf-8") if own is not None and own.is_file() else read("prompts", f"{name}.md")
-            )
+            source = own[name] if name in own else read("prompts", f"{name}.md")
             template = string.Template(source)
             used = set(template.get_identifiers()) if template.is_valid() else None
             if used is None or not used <= allowed or ("contract" in allowed and "contract" not in used):
@@ -119,7 +151,7 @@ class Prompts:
         return hashlib.sha256("".join(self.hashes.values()).encode()).hexdigest()[:12]
 
     def _render(self, name: str, **values: object) -> str:
-        return self._templates[name].substitute(values).strip()
+        return _BLANK.sub("\n\n", self._templates[name].substitute(values).strip())
 
     def repair(self, problem: str) -> str:
         """What is added to the task when the first answer was useless."""
@@ -128,44 +160,117 @@ class Prompts:
     def messages(
         self,
         space: Space,
-        direction: str,
+        direction: Direction,
         trials: Sequence[Trial],
         ranked: Ranked,
         n: int,
         *,
         context: Context,
         compact: bool,
+        view: View | None = None,
+        strength: float | None = None,
+        mean: bool = False,
+        turn: int = 0,
     ) -> tuple[Message, ...]:
-        """A fresh conversation that asks for `n` proposals."""
+        """A fresh conversation that asks for `n` proposals.
+
+        Args:
+            space: The whole space.
+            direction: `maximize` or `minimize`.
+            trials: The history.
+            ranked: The same, ranked.
+            n: Number of proposals.
+            context: What else is known.
+            compact: In few words, for small models.
+            view: What of the space is shown; None for all.
+            strength: The mutation strength in force; None to say nothing of it.
+            mean: Whether the proposal is the centre of a batch.
+            turn: Number of the call: small batches get their roles in turn.
+        """
+        whole = space
+        if view is not None and view.kind != "all":
+            space = view.space
+            trials = [replace(trial, params=view.down(trial.params)) for trial in trials]
+            ranked = rank(trials, direction)
         keys = ",".join(f"{json.dumps(key)}:..." for key in names(space).values())
         why = "" if compact else ',"why":"..."'
         contract = self._render("contract", n=n, keys=keys, why=why)
         if compact:
-            rows = _rows(space, ranked.complete[:_COMPACT_BEST], (), tasks=False)
-            table = "\n".join(f"{shown}: {domain(space.genes[name])}" for name, shown in names(space).items())
+            history = rows(space, ranked.complete[:_COMPACT_BEST], (), tasks=False)
+            domains = "\n".join(f"{shown}: {domain(space.genes[key])}" for key, shown in names(space).items())
             body = self._render(
-                "compact", direction=direction, table=table, history=rows, n=n, contract=contract
+                "compact", direction=direction, table=domains, history=history, n=n, contract=contract
             )
             return ({"role": "user", "content": body},)
+        meanings = {**context.meanings, **(view.meanings if view is not None else {})}
         values: dict[str, object] = {
             "goal": quote(context.goal or "the best score", 300),
             "direction": direction,
             "noise": _noise(ranked, context),
             "budget": _budget(trials, context),
-            "background": _background(context),
-            "table": _table(space, context),
-            "failures": _failures(space, ranked),
+            "background": self._background(context),
+            "table": table(space, meanings),
+            "failures": failures(space, ranked),
             "n": n,
             "contract": contract,
         }
         if ranked.best is None:
             body = self._render("warmstart", **values)
         else:
-            values["digest"] = "\n".join(digest(space, ranked))
-            values["history"] = _rows(space, ranked.complete, ranked.last[-_LAST:], tasks=True)
-            values["roles"] = _roles(n)
+            kind = "all" if view is None else view.kind
+            values["focus"] = "" if kind == "all" else self._render(kind, shown=len(space), total=len(whole))
+            values["digest"] = "\n".join(digest(space, ranked, strength))
+            values["state"] = self._state(space, direction, trials, view)
+            values["history"] = rows(space, ranked.complete, ranked.last, tasks=True)
+            values["roles"] = roles(n, mean=mean, turn=turn)
             body = self._render("propose", **values)
         return ({"role": "system", "content": self._render("system")}, {"role": "user", "content": body})
+
+    def _state(self, space: Space, direction: Direction, trials: Sequence[Trial], view: View | None) -> str:
+        """What the optimizer beside does; empty if there is none."""
+        own = [trial for trial in trials if trial.attrs.get("guest") is False]
+        if not own:
+            return ""
+        turned = [note["params"] for trial in trials for note in trial.attrs.get("turned_away", ())]
+        share = float(own[-1].attrs.get("share", 0.0))
+        return self._render(
+            "hybrid_state",
+            base=own[-1].origin.rpartition(":")[2],
+            share=f"{1 - share:.0%}",
+            record=record(trials, direction),
+            around=around(space, trials),
+            running=running(space, trials),
+            turned=turned_away(space, turned if view is None else [view.down(point) for point in turned]),
+        )
+
+    def _background(self, context: Context) -> str:
+        lines = []
+        for label, items in (("Models", context.models), ("Tasks", context.tasks)):
+            if items:
+                lines.append(f"{label}: " + ", ".join(quote(item) for item in items[:20]))
+        if context.method:
+            lines.append(f"Method: {quote(context.method)}")
+        for card in context.cards:
+            if f"cards/{card}" not in self._templates:
+                known = sorted(name[6:] for name in self._templates if name.startswith("cards/"))
+                raise GenomeError(f"`cards` may name {', '.join(known)}, but got {card!r}.")
+            lines.append(self._render(f"cards/{card}"))
+        return "\n".join(lines)
+
+
+def _own(folder: Path) -> dict[str, str]:
+    """The templates in a user's folder, by name."""
+    if not folder.is_dir():
+        raise GenomeError(f"`prompts` must be a folder, but {str(folder)!r} is none; correct the path.")
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.md")}
+    found.pop("README", None)
+    strange = sorted(set(found) - set(PLACEHOLDERS))
+    if strange:
+        raise GenomeError(
+            f"`prompts`: {folder / (strange[0] + '.md')} replaces nothing; the prompts are "
+            f"{', '.join(PLACEHOLDERS)}; rename or remove it."
+        )
+    return {name: path.read_text("utf-8") for name, path in found.items()}
 
 
 def _noise(ranked: Ranked, context: Context) -> str:
@@ -178,68 +283,3 @@ def _budget(trials: Sequence[Trial], context: Context) -> str:
     if context.budget is None:
         return ""
     return f"Experiments left: {max(context.budget - len(trials), 0)} of {context.budget}."
-
-
-def _background(context: Context) -> str:
-    lines = []
-    for label, items in (("Models", context.models), ("Tasks", context.tasks)):
-        if items:
-            lines.append(f"{label}: " + ", ".join(quote(item) for item in items[:20]))
-    if context.method:
-        lines.append(f"Method: {quote(context.method)}")
-    return "\n".join(lines)
-
-
-def _table(space: Space, context: Context) -> str:
-    lines = []
-    for name, shown in names(space).items():
-        line = f"- {shown}: {domain(space.genes[name])}"
-        condition = space.conditions.get(name)
-        if condition is not None:
-            values = ", ".join(json.dumps(value) for value in condition.values)
-            line += f"; null unless {names(space)[condition.gene]} is {values}"
-        if shown != name:
-            line += f"; called {quote(name)}"
-        meaning = context.meanings.get(name)
-        lines.append(f"{line}; {quote(meaning, 200)}" if meaning else line)
-    return "\n".join(lines)
-
-
-def _rows(space: Space, complete: Sequence[Trial], last: Sequence[Trial], *, tasks: bool) -> str:
-    """The best distinct points and the last ones, from worst to best, one JSON object a line."""
-    chosen: list[tuple[int, Trial]] = []
-    seen: set[str] = set()
-    recent = {trial.number for trial in last}
-    best = 0
-    for place, trial in enumerate(complete):  # best first
-        key = level_key(space, trial.params)
-        if key in seen or not (best < _BEST or trial.number in recent):
-            continue
-        seen.add(key)
-        best += 1
-        chosen.append((place + 1, trial))
-    precision = digits([trial.value or 0.0 for _, trial in chosen])
-    lines = []
-    for place, trial in reversed(chosen):
-        row = f'{{"rank":{place},"score":{trial.value:.{precision}g}'
-        if tasks and trial.score is not None and len(trial.score.items) > 1:
-            means = {
-                name[:40]: round(sum(xs) / len(xs), 4) for name, xs in trial.score.items.items() if len(xs)
-            }
-            row += f',"tasks":{json.dumps(means, separators=(",", ":"))}'
-        lines.append(f'{row},"genome":{text(encode(space, trial.params))}}}')
-    return "\n".join(lines)
-
-
-def _failures(space: Space, ranked: Ranked) -> str:
-    if not ranked.failed:
-        return ""
-    lines = [
-        f"- {text(encode(space, trial.params))}: {quote(trial.error or 'unknown')}"
-        for trial in ranked.failed[-_FAILED:]
-    ]
-    return "\nThese failed:\n" + "\n".join(lines) + "\n"
-
-
-def _roles(n: int) -> str:
-    return "\n".join(f"Proposal {i + 1}: {_ROLES[i % len(_ROLES)]}." for i in range(min(n, 12)))

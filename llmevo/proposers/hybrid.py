@@ -105,7 +105,9 @@ class Hybrid:
         guests: list[Proposal] = []
         if room:
             try:
-                guests = self.guest.propose(room, trials, rng)
+                # It sees what the base gave, so that it repeats none of it.
+                beside = _pending(trials, _marked(own, share, guest=False))
+                guests = self.guest.propose(room, beside, rng)
             except LLMContentError:
                 raise
             except LLMError as error:

@@ -17,6 +17,7 @@ import numpy as np
 
 from llmevo.errors import LLMContentError, ProposerError
 from llmevo.llm import ChatClient, Message, Reply, Request, client_from
+from llmevo.llm.blocks import View, view
 from llmevo.llm.decode import Decoded, decode
 from llmevo.llm.digest import Ranked, rank
 from llmevo.llm.encode import schema
@@ -49,6 +50,18 @@ class _Answer:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What a call is about."""
+
+    n: int
+    view: View
+    sigma: float
+    seed: int
+    turn: int
+
+
+@final
 class LLM:
     """Asks a language model for the next points, and says of each where it came from.
 
@@ -63,8 +76,9 @@ class LLM:
     again, since the same items would give the same score; its neighbourhood takes its place.
 
     `attrs["llm"]` says which call it was, and what the model gave where noise was added; the first point of a
-    call also carries the counts of repairs, the tokens, and the hash of the templates. A bad answer never
-    stops a run, but five fallback calls in a row do; an endpoint that does not serve stops it at once.
+    call also carries the counts of repairs, the tokens, the hash of the templates (in a run's first call that
+    of each), and which genes were shown if not all were: see `llm.blocks`. A bad answer never stops a run,
+    but five fallback calls in a row do; an endpoint that does not serve stops it at once.
 
     Args:
         space: What may vary.
@@ -126,7 +140,10 @@ class LLM:
             return proposals
         call = 1 + max((notes["call"] for notes, _ in _noted(trials)), default=-1)
         wanted = n - len(proposals) if self.mode == "points" else 1
-        answer = self._ask(wanted, trials, ranked, seed)
+        best = ranked.best.params if ranked.best is not None else None
+        shown = view(self.space, best, call)
+        sigma = self._strength(trials, self.direction)
+        answer = self._ask(_Question(wanted, shown, sigma, seed, call), trials, ranked)
         problem = answer.decoded.problem
         if problem is not None and _fallbacks(trials) + 1 >= _FALLBACKS_IN_A_ROW:
             model = answer.reply.model or "the language model"
@@ -135,11 +152,12 @@ class LLM:
                 f"{_why(problem)}; use another `llm.model`, a larger `llm.max_tokens` or another "
                 f"`search.proposer`, then resume the run."
             )
-        sigma = self._strength(trials, self.direction)
-        made = self._points(n - len(proposals), answer.decoded, ranked, known, sigma, rng)
+        made = self._points(n - len(proposals), answer.decoded, shown, ranked, known, sigma, rng)
         for slot, proposal in enumerate(made):
             notes = {"call": call, **proposal.attrs}
             if slot == 0:
+                if call == 0:
+                    notes["templates"] = self._prompts.hashes
                 notes |= {"asked": wanted, "seed": seed, **answer.notes}
             made[slot] = replace(proposal, attrs={"llm": notes})
         return proposals + made
@@ -148,6 +166,7 @@ class LLM:
         self,
         n: int,
         decoded: Decoded,
+        shown: View,
         ranked: Ranked,
         known: Known,
         sigma: float,
@@ -163,44 +182,55 @@ class LLM:
                     made.append(Proposal(point, f"fallback:{decoded.problem}", {"strength": sigma}))
             return made
         if self.mode == "mean":
-            return self._around(n, decoded.points[0], ranked, known, sigma, rng)
+            return self._around(n, decoded.points[0], shown, ranked, known, sigma, rng)
         given = decoded.points[:n]
         for place in range(n):
-            point = given[place % len(given)]
+            seen = given[place % len(given)]
+            point = shown.up(seen)
             fresh = place < len(given) and not known.copied(point)
             noisy = self.perturb == "all" or (self.perturb == "rest" and any(p.origin == "llm" for p in made))
             if fresh and not noisy and known.add(point):
                 made.append(Proposal(point, "llm"))
                 continue
-            nearby = known.near(point, sigma, rng)
+            nearby = known.near(seen, sigma, rng, shown)
             if nearby is not None:
                 origin = "llm+noise" if fresh else "llm+mutated"
                 made.append(Proposal(nearby, origin, {"proposed": point, "strength": sigma}))
         return made
 
     def _around(
-        self, n: int, mean: Params, ranked: Ranked, known: Known, sigma: float, rng: np.random.Generator
+        self,
+        n: int,
+        centre: Params,
+        shown: View,
+        ranked: Ranked,
+        known: Known,
+        sigma: float,
+        rng: np.random.Generator,
     ) -> list[Proposal]:
         """The mean, a point around the incumbent, and the rest of a batch around the mean."""
         made: list[Proposal] = []
+        mean = shown.up(centre)
         for place in range(n):
             if place == 0 and not known.copied(mean) and known.add(mean):
                 made.append(Proposal(mean, "llm"))
                 continue
             incumbent = ranked.best if place == 1 else None
-            point = known.near(mean if incumbent is None else incumbent.params, sigma, rng)
+            middle = centre if incumbent is None else shown.down(incumbent.params)
+            point = known.near(middle, sigma, rng, shown)
             if point is not None:
                 origin = "llm+incumbent" if incumbent else "llm+mutated" if place == 0 else "llm+noise"
                 notes = {"strength": sigma} if incumbent else {"proposed": mean, "strength": sigma}
                 made.append(Proposal(point, origin, notes))
         return made
 
-    def _ask(self, n: int, trials: Sequence[Trial], ranked: Ranked, seed: int) -> _Answer:
-        """Ask for `n` points, and once more if the answer cannot be used."""
+    def _ask(self, question: _Question, trials: Sequence[Trial], ranked: Ranked) -> _Answer:
+        """Ask, and once more if the answer cannot be used."""
         if self._client is None:
             from llmevo.genome import LLMSpec
 
             self._client = client_from(LLMSpec())
+        n, shown, seed = question.n, question.view, question.seed
         compact = bool(getattr(self._client, "small", False)) if self._compact is None else self._compact
 
         def messages(count: int) -> tuple[Message, ...]:
@@ -212,21 +242,25 @@ class LLM:
                 count,
                 context=self.context,
                 compact=compact,
+                view=shown,
+                strength=question.sigma,
+                mean=self.mode == "mean",
+                turn=question.turn,
             )
 
-        parent = ranked.best.params if ranked.best is not None else None
-        form = schema(self.space, n, why=not compact)
+        parent = shown.down(ranked.best.params) if ranked.best is not None else None
+        form = schema(shown.space, n, why=not compact)
         reply = self._client.complete(Request(messages(n), form, seed=seed, name="propose"))
-        decoded = self._read(reply, parent)
+        decoded = self._read(reply, shown, parent)
         first = decoded.problem
         if first is not None and first != "context":
             count = max(n // 2, 1) if first == "length" else n  # what was too long may fit by halves
             *before, last = messages(count)
             # A fresh conversation: a useless answer that stays in it breeds more of its kind.
             repair = {**last, "content": f"{last['content']}\n\n{self._prompts.repair(_why(first))}"}
-            form = schema(self.space, count, why=not compact)
+            form = schema(shown.space, count, why=not compact)
             reply = self._client.complete(Request((*before, repair), form, seed=seed + 1, name="propose"))
-            decoded = self._read(reply, parent)
+            decoded = self._read(reply, shown, parent)
         notes: dict[str, Any] = {
             "mode": reply.mode,
             "usage": {key: value for key, value in asdict(reply.usage).items() if value is not None},
@@ -235,12 +269,14 @@ class LLM:
         }
         if first is not None:
             notes["repaired"] = first
+        if shown.kind != "all":
+            notes["shown"] = {"kind": shown.kind, "genes": shown.space.names}
         return _Answer(decoded, reply, notes)
 
-    def _read(self, reply: Reply, parent: Params | None) -> Decoded:
+    def _read(self, reply: Reply, shown: View, parent: Params | None) -> Decoded:
         if reply.finish_reason in ("length", "empty", "malformed", "refusal", "content_filter", "context"):
             return Decoded(problem=reply.finish_reason)
-        return decode(self.space, reply.text, parent)
+        return decode(shown.space, reply.text, parent)
 
 
 def _noted(trials: Sequence[Trial]) -> Iterator[tuple[dict[str, Any], str]]:

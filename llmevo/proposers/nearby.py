@@ -7,6 +7,7 @@ from typing import final
 
 import numpy as np
 
+from llmevo.llm.blocks import View, Whole
 from llmevo.llm.encode import level_key
 from llmevo.proposers.ga import reflect
 from llmevo.space import Categorical, Params, Space
@@ -48,16 +49,20 @@ class Known:
         self._levels.add(level_key(self._space, point))
         return True
 
-    def near(self, point: Params, sigma: float, rng: np.random.Generator) -> Params | None:
+    def near(
+        self, point: Params, sigma: float, rng: np.random.Generator, view: View | None = None
+    ) -> Params | None:
         """A new point around `point`, added; None if none was found anywhere.
 
         Args:
-            point: The centre.
+            point: The centre; a point of the view's space if there is a view.
             sigma: Standard deviation in the unit cube; grows with each attempt that hits a known point.
             rng: Source of chance.
+            view: Where the noise is added; None for the space itself.
         """
+        seen = Whole(self._space) if view is None else view
         for attempt in range(_ATTEMPTS):
-            candidate = noisy(self._space, point, min(sigma * 1.2**attempt, _WIDEST), rng)
+            candidate = seen.up(noisy(seen.space, point, min(sigma * 1.2**attempt, _WIDEST), rng))
             if self.add(candidate):
                 return candidate
         return self.anywhere(rng)

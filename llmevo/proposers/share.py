@@ -13,7 +13,8 @@ from itertools import groupby
 import numpy as np
 
 from llmevo.proposers import Direction
-from llmevo.trial import State, Trial, difference_error
+from llmevo.strength import improvements
+from llmevo.trial import State, Trial
 
 FLOOR = 0.1
 _WINDOW = 10  # trials of the guest
@@ -67,7 +68,7 @@ def share_now(trials: Sequence[Trial], direction: Direction, start: float, floor
         floor: The lowest, unless `start` is lower.
     """
     floor = min(floor, start)
-    wins = _wins(trials, direction)
+    wins = improvements(trials, direction)
     sign = 1.0 if direction == "maximize" else -1.0
     share = start
     guests: list[int] = []
@@ -110,25 +111,3 @@ def _behind(
     ]
     above = np.mean([(a > b) + (a == b) / 2 for a in scores[0] for b in scores[1]])
     return bool(above < 0.5)
-
-
-def _wins(trials: Sequence[Trial], direction: Direction) -> list[bool]:
-    """For each trial, whether it beat the incumbent of its batch's beginning by more than the noise."""
-    sign = 1.0 if direction == "maximize" else -1.0
-    won = [False] * len(trials)
-    incumbent: Trial | None = None
-    for _, members in groupby(range(len(trials)), key=lambda place: trials[place].batch):
-        places = [place for place in members if trials[place].score is not None]
-        best = incumbent
-        for place in places:
-            score = trials[place].score
-            assert score is not None
-            if incumbent is not None and incumbent.score is not None:
-                gain = sign * (score.value - incumbent.score.value)
-                won[place] = gain > 0 and gain > difference_error(score, incumbent.score)
-                if not won[place]:
-                    continue
-            if best is None or best.score is None or sign * (score.value - best.score.value) > 0:
-                best = trials[place]
-        incumbent = best
-    return won
