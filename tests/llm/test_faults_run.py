@@ -33,13 +33,14 @@ from fault_server import (
 )
 from search_run import FunctionExecutor, genome_data
 
+from llmevo import cli, runner
 from llmevo import genome as genomes
-from llmevo import runner
 from llmevo.llm.encode import encode
 from llmevo.llm.ledger import Totals
 from llmevo.llm.transcript import read, spent
 from llmevo.recipe import Recipes
 from llmevo.runner import RunSummary
+from llmevo.runner.replay import replay
 from llmevo.space import Space
 from llmevo.store import Store
 from llmevo.trial import State, Trial
@@ -546,3 +547,62 @@ def test_a_hybrid_stops_too(tmp_path: Path, undisturbed: Any) -> None:
     guests = [trial for trial in search.searched() if trial.attrs["guest"]]
     assert guests
     assert all(trial.origin.startswith("llm") for trial in guests)
+
+
+def test_a_disturbed_run_is_replayed_without_a_network(tmp_path: Path) -> None:
+    """Outage, useless answers and a stop in the middle: all of it comes out again of the records."""
+    with serving(error(500, "oops")) as server:
+        search = Search(tmp_path / "run", server.url, trials=REFERENCES + 3 * BATCH)
+        assert search.go().exit_code == 3
+        good = sensible(space_of(search))
+        server.script = [good] * len(server.requests) + [ok("prose"), ok("more prose"), good]
+        assert search.go().exit_code == 0
+    found = replay(search.folder, tmp_path / "again", Notes())
+    assert found.identical, found.differences
+
+
+@pytest.fixture
+def llmevo(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        out, err = capfd.readouterr()
+        assert KEY not in out + err
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "step", [error(401, f"bad key {KEY}"), ok(f"Bearer {KEY}"), error(500, KEY), reset()]
+)
+def test_the_check_shows_no_key(step: Step, llmevo: Any) -> None:
+    with serving(step) as server:
+        code, out, _ = llmevo("llm", "check", "--base-url", server.url, "--model", "m", "-v")
+    assert code == 1
+    assert "m at 127.0.0.1" in out
+
+
+def test_a_verbose_run_shows_no_key(llmevo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line over a run that is refused, and one in which something unforeseen breaks in a call."""
+    monkeypatch.setattr("llmevo.runner.LocalExecutor", lambda *given, **options: FunctionExecutor())
+    monkeypatch.setattr("llmevo.evaluate.check_tasks", lambda *given: None)
+    with serving(error(401, f"bad key {KEY}")) as server:
+        search = Search(tmp_path / "run", server.url)
+        path = tmp_path / "genome.yaml"
+        path.write_text(yaml.safe_dump(search.data()))
+        command = ("run", str(path), "--run-dir", str(search.folder), "--display", "plain", "-v")
+        code, _, err = llmevo(*command)
+        assert code == 3
+        assert "`OPENAI_API_KEY`" in err
+
+        def burst(*given: Any, **options: Any) -> Any:
+            raise ZeroDivisionError("unforeseen")
+
+        monkeypatch.setattr("llmevo.llm.body.reply", burst)
+        server.script = [ok("")]
+        code, _, err = llmevo(*command)
+        assert code == 1
+        assert "Traceback" in err
+        assert "unforeseen" in err
