@@ -97,11 +97,16 @@ def _trends(space: Space, complete: Sequence[Trial], top: Sequence[Trial]) -> li
     shown = names(space)
     found = []
     for index, (name, gene) in enumerate(space.genes.items()):
-        spread = float(everything[:, index].std())
+        # A gene that is switched off has its start as coordinate, which says nothing.
+        on, well = (
+            levels[[space.is_active(name, trial.params) for trial in trials], index]
+            for levels, trials in ((everything, complete), (best, top))
+        )
+        spread = float(on.std()) if len(well) >= 2 else 0.0
         if isinstance(gene, Categorical) or spread == 0:
             continue
-        shift = float(best[:, index].mean() - everything[:, index].mean()) / spread
-        mean, deviation = best[:, index].mean(), best[:, index].std()
+        shift = float(well.mean() - on.mean()) / spread
+        mean, deviation = well.mean(), well.std()
         word = "higher" if shift > 0 else "lower"
         found.append(
             (-abs(shift), f"{shown[name]}: best quarter at {mean:.0f}±{deviation:.0f}, {word} than all")
@@ -114,7 +119,11 @@ def _trends(space: Space, complete: Sequence[Trial], top: Sequence[Trial]) -> li
 def _couplings(space: Space, complete: Sequence[Trial]) -> list[str]:
     """Strong correlations between numeric genes among the better half."""
     half = complete[: max(len(complete) // 2, _ENOUGH)]
-    numeric = [index for index, gene in enumerate(space.genes.values()) if not isinstance(gene, Categorical)]
+    numeric = [
+        index
+        for index, (name, gene) in enumerate(space.genes.items())
+        if not isinstance(gene, Categorical) and all(space.is_active(name, trial.params) for trial in half)
+    ]
     levels = _levels(space, half)[:, numeric]
     varied = [column for column in range(len(numeric)) if levels[:, column].std() > 0]
     if len(varied) < 2:

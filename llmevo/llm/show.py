@@ -113,12 +113,13 @@ def around(space: Space, trials: Sequence[Trial]) -> str:
     mine = [trial for trial in trials if trial.attrs.get("guest") is False and trial.value is not None]
     if len(mine) < 3:
         return ""
-    units = LEVELS * np.array([space.to_unit(trial.params) for trial in mine[-_RECORD:]])
-    parts = [
-        f"{shown} {units[:, index].mean():.0f}±{units[:, index].std():.0f}"
-        for index, (name, shown) in enumerate(names(space).items())
-        if not isinstance(space.genes[name], Categorical)
-    ]
+    mine = mine[-_RECORD:]
+    units = LEVELS * np.array([space.to_unit(trial.params) for trial in mine])
+    parts = []
+    for index, (name, shown) in enumerate(names(space).items()):
+        on = units[[space.is_active(name, trial.params) for trial in mine], index]
+        if len(on) and not isinstance(space.genes[name], Categorical):
+            parts.append(f"{shown} {on.mean():.0f}±{on.std():.0f}")
     return "In percent of each axis its last points lie at " + ", ".join(parts) + ".\n" if parts else ""
 
 
