@@ -35,7 +35,7 @@ class Optimizer:
 
     Args:
         space: What may vary.
-        proposer: A name (`random`, `sobol`, `ga`, `cma`, `llm`, `hybrid`) or an object with `propose`.
+        proposer: A name from `proposers.PROPOSERS` (`cma`, `hybrid`, ...) or an object with `propose`.
         direction: `maximize` or `minimize`; there is no default, since a silent sign is the classic bug.
         seed: Everything random follows from it. At least 0.
         trials: The history to continue from, numbered 0, 1, 2, ...
