@@ -218,6 +218,7 @@ def preview_text(preview: Preview) -> str:
         ("run", str(preview.run_dir)),
         ("first", ", ".join(reference.origin for reference in preview.references) or "no references"),
         ("time", f"{time} ({preview.source})"),
+        *([("llm", preview.model.describe())] if preview.model is not None else []),
     ]
     count = len(preview.proposals)
     shown = f"first {_COLUMNS} of {count} proposals" if count > _COLUMNS else "first proposals"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from llmevo.cli.estimate import Estimate, estimate
 from llmevo.errors import LlmevoError
 from llmevo.genome import Genome
 from llmevo.optimizer import Optimizer
@@ -36,6 +37,7 @@ class Preview:
         note: Why there are none, or what they leave out.
         seconds: Of the whole run, estimated; None if nothing was ever measured.
         source: What the estimate comes from.
+        model: What the language model would take; None if none is asked.
     """
 
     genome: Genome
@@ -48,6 +50,7 @@ class Preview:
     note: str
     seconds: float | None
     source: str
+    model: Estimate | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
@@ -72,6 +75,7 @@ class Preview:
             "note": self.note,
             "seconds": self.seconds,
             "estimate_from": self.source,
+            "llm": None if self.model is None else self.model.to_json(),
         }
 
 
@@ -112,6 +116,7 @@ def preview(genome: Genome, run_dir: Path, layers: int) -> Preview:
         note=note,
         seconds=seconds,
         source=source,
+        model=estimate(genome, recipes, len(references), batch),
     )
 
 

@@ -175,8 +175,8 @@ class _Sitting:
         self.recipes = Recipes(genome, num_layers(genome))
         self.references = opening.references(genome, self.recipes)
         self.batch = opening.batch(genome.search, self.recipes.space)
-        asked = opening.asks_model(genome.search)
-        self._chat = chat if chat is not None and asked else opening.client(genome, store.run_dir)
+        given = chat if genome.search.asks_model else None
+        self._chat = given or opening.client(genome, store.run_dir)
         history = store.trials()
         self._pending = {trial.number: trial for trial in history if trial.state is State.PENDING}
         self.optimizer = Optimizer(
@@ -240,6 +240,9 @@ class _Sitting:
             with self.stop.interruptible():
                 found = opening.settle_mode(self._chat, self.genome.llm, self.store.run_dir)
         except ProposerError as error:
+            if self.genome.search.on_outage == "base":
+                self.observer.note(f"the language model does not serve now: {error}")
+                return
             raise _Halt(3, f"the proposer cannot begin: {error}") from error
         if found is not None:
             self.observer.note(found)

@@ -95,11 +95,6 @@ def ledger(spec: LLMSpec) -> Ledger:
     return Ledger(price, Limits(spec.max_calls, spec.max_total_tokens, spec.max_usd))
 
 
-def asks_model(search: SearchSpec) -> bool:
-    """Whether the proposer asks a language model."""
-    return search.proposer in ("llm", "hybrid", "warmstart")
-
-
 def client(genome: Genome, run_dir: Path) -> Transcript | None:
     """The language model of the proposer, with its calls on record; None if no model is asked.
 

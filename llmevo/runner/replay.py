@@ -102,7 +102,9 @@ def replay(run_dir: Path, out: Path, observer: Observer) -> Replay:
 
 
 def _with(genome: Genome, budget: int) -> Genome:
-    return genome.model_copy(update={"search": genome.search.model_copy(update={"trials": budget})})
+    # A recorded outage that the base did not stand in for ended a sitting, and nothing came of it.
+    search = genome.search.model_copy(update={"trials": budget, "on_outage": "base"})
+    return genome.model_copy(update={"search": search})
 
 
 def _outcomes(store: Store) -> dict[tuple[Split, int], Outcome]:

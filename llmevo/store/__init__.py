@@ -32,7 +32,7 @@ from llmevo.errors import StoreError
 from llmevo.genome import Genome
 from llmevo.pipeline import Outcome
 from llmevo.rundir import lock as lock_directory
-from llmevo.rundir import write_atomic
+from llmevo.rundir import redact, write_atomic
 from llmevo.store import migrations
 from llmevo.trial import Score, State, Trial
 
@@ -346,8 +346,9 @@ class Store:
         ]
 
     def log(self, kind: str, **data: Any) -> None:
-        """Append an event with the wall-clock time."""
-        body = {"kind": kind, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **data}
+        """Append an event with the wall-clock time, without the language model's key should it be there."""
+        event = {"kind": kind, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **data}
+        body = json.loads(redact(json.dumps(event), self.genome.llm.api_key_env))
         with self._transaction():
             self._db.execute("INSERT INTO events (body, crc) VALUES (?, ?)", _pack(body))
 
