@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_json import RandomJSON
 
 from llmevo import Categorical, Condition, Float, Int, Optimizer, Space
 from llmevo.llm.blocks import MANY_BLOCKS, ONE_BLOCK, Block, Handles, blocks, profiles, view
 from llmevo.llm.decode import decode
 from llmevo.llm.encode import encode, text
+from llmevo.proposers import make
 from llmevo.proposers.llm import LLM
 from llmevo.trial import Trial
 
@@ -152,8 +156,6 @@ class _Raises:
         self.sizes: list[int] = []
 
     def complete(self, request):  # type: ignore[no-untyped-def]
-        import json
-
         from llmevo.llm import Reply
 
         genome = request.schema["properties"]["proposals"]["items"]["properties"]["genome"]["properties"]
@@ -175,3 +177,30 @@ def test_the_proposer_shows_no_more_than_a_block(kind: str) -> None:
     shown = [trial.attrs["llm"]["shown"] for trial in asked[1:]]
     assert all(len(item["genes"]) <= ONE_BLOCK for item in shown)
     assert asked[-1].value > asked[0].value, "one block after another goes up"
+
+
+@pytest.mark.parametrize("kind", ["methods", "handles", "many handles"])
+@pytest.mark.parametrize("name", ["llm", "hybrid"])
+def test_a_resumed_run_shows_the_same_blocks(kind: str, name: str) -> None:
+    space = SPACES[kind]
+
+    def optimizer(trials: tuple[Trial, ...] = ()) -> Optimizer:
+        options = {"warmup": 3, "share": 0.6} if name == "hybrid" else {}
+        proposer = make(name, space, "maximize", client=RandomJSON(faults=0.2), **options)
+        return Optimizer(space, proposer, direction="maximize", seed=5, trials=trials)
+
+    def go_on(opt: Optimizer, trials: int) -> Optimizer:
+        while len(opt.trials) < trials:
+            for trial in opt.ask(3):
+                if trial.number % 7 == 3:
+                    opt.tell(trial, error="no")
+                else:
+                    opt.tell(trial, -float(np.sum((space.to_unit(trial.params) - 0.6) ** 2)))
+        return opt
+
+    whole = go_on(optimizer(), 24)
+    for cut in (6, 15):
+        kept = tuple(Trial.from_json(json.loads(json.dumps(t.to_json()))) for t in whole.trials[:cut])
+        assert go_on(optimizer(kept), 24).trials == whole.trials
+    notes = [trial.attrs["llm"] for trial in whole.trials if "llm" in trial.attrs]
+    assert any("shown" in note for note in notes)
