@@ -606,3 +606,27 @@ def test_a_verbose_run_shows_no_key(llmevo: Any, tmp_path: Path, monkeypatch: py
         assert code == 1
         assert "Traceback" in err
         assert "unforeseen" in err
+
+
+@pytest.mark.parametrize("step", [error(401, "revoked"), error(503, "busy"), reset()])
+def test_a_hybrid_that_may_goes_on_without_the_model_and_says_so(step: Step, tmp_path: Path) -> None:
+    with serving(step) as server:
+        options = {**HYBRID, "on_outage": "base"}
+        search = Search(tmp_path / "run", server.url, trials=17, search=options)
+        assert search.go().exit_code == 0
+        assert server.requests
+    labels = {trial.origin for trial in search.searched()}
+    assert labels == {"random", "outage:random"}
+    stood_in = [trial for trial in search.searched() if trial.origin == "outage:random"]
+    assert all("Error" in json.dumps(trial.attrs) for trial in stood_in), stood_in[0].attrs
+
+
+def test_useless_answers_stop_a_hybrid_even_where_an_outage_may_not(tmp_path: Path) -> None:
+    with serving(ok("prose")) as server:
+        options = {**HYBRID, "on_outage": "base", "adapt": False}
+        search = Search(tmp_path / "run", server.url, trials=REFERENCES + 24, search=options)
+        summary = search.go()
+        assert summary.exit_code == 3
+        assert "the last 5 answers" in summary.reason
+        assert len(server.requests) == 10
+    assert "outage:random" not in {trial.origin for trial in search.searched()}
