@@ -19,6 +19,7 @@ from search_run import FunctionExecutor, genome_data
 
 from llmevo import genome as genomes
 from llmevo import runner
+from llmevo.cli import main
 from llmevo.cli.display import NoDisplay
 from llmevo.errors import LLMError, LLMQuotaError
 from llmevo.genome import LLMSpec
@@ -218,6 +219,39 @@ def test_an_outage_that_was_waited_out_leaves_no_trace_in_a_replay(tmp_path: Pat
     assert replay(tmp_path / "run", tmp_path / "again", NoDisplay()).identical
 
 
+def test_outages_that_the_base_stood_in_for_are_played_again_as_such(tmp_path: Path) -> None:
+    search = {"proposer": "hybrid", "on_outage": "base", "warmup": 0, "share": 0.5, "trials": 29}
+    with serving(in_range(0), reset(), reset(), in_range(0)) as server:
+        summary = run(server, tmp_path / "run", {"mode": "auto"}, **search)
+    assert summary.exit_code == 0
+    assert any(origin.startswith("outage:") for origin in summary.origins)
+    assert any(origin.startswith("llm") for origin in summary.origins)
+    found = replay(tmp_path / "run", tmp_path / "again", NoDisplay())
+    assert (found.differences, found.trials) == ((), 29)
+
+
+def test_the_commands_replay_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(canary_or_genomes) as server:
+        run(server, tmp_path / "run", trials=11)
+        assert command("llm", "check", "--base-url", server.url, "--model", "m", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["mode"] == "json_schema"
+        assert command("llm", "check", "--base-url", server.url, "--model", "m") == 0
+        assert "result          it works" in capsys.readouterr().out
+    assert command("replay", str(tmp_path / "run")) == 0
+    assert "all 11 trials came out the same, byte for byte" in capsys.readouterr().out
+    assert command("status", str(tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert "llm's own" in out
+    assert "dollars unknown" in out
+    assert command("llm", "check", "--base-url", "http://u:p@h/v1", "--model", "m") == 2
+
+
+def command(*arguments: str) -> Any:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return caught.value.code
+
+
 def test_budget_stops_the_run_resumably(tmp_path: Path) -> None:
     with serving(in_range(0)) as server:
         stopped = run(server, tmp_path / "run", {"max_calls": 1})
@@ -257,6 +291,7 @@ import sys, yaml
 sys.path.insert(0, sys.argv[2])
 from search_run import FunctionExecutor
 from llmevo import genome, runner
+from llmevo.cli import main
 from llmevo.cli.display import NoDisplay
 text = open(sys.argv[1]).read()
 run = runner.run(genome.parse(text), text, sys.argv[3], observer=NoDisplay(), executor=FunctionExecutor())
@@ -319,6 +354,12 @@ def obeys(kind: str, honest: bool = True) -> Step:
     return step
 
 
+def canary_or_genomes(request: dict[str, Any]) -> Answer:
+    """An endpoint that enforces a schema and answers with genomes."""
+    bread = "bread" in request["messages"][-1]["content"]
+    return (obeys("json_schema") if bread else in_range(0))(request)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_canary_believes_what_it_sees(mode: str, tmp_path: Path) -> None:
     with serving(obeys(mode)) as server:
@@ -350,11 +391,7 @@ def test_an_answer_cut_off_before_it_begins_proves_nothing(tmp_path: Path) -> No
 
 
 def test_a_run_asks_the_canary_once(tmp_path: Path) -> None:
-    def step(request: dict[str, Any]) -> Answer:
-        bread = "bread" in request["messages"][-1]["content"]
-        return (obeys("json_schema") if bread else in_range(0))(request)
-
-    with serving(step) as server:
+    with serving(canary_or_genomes) as server:
         run(server, tmp_path / "run", {"mode": "auto"}, trials=11)
         assert len(server.requests) == 2
         run(server, tmp_path / "run", {"mode": "auto"}, trials=17)
@@ -370,11 +407,7 @@ def test_a_dead_endpoint_is_found_before_the_first_trial(tmp_path: Path) -> None
 
 
 def test_check_says_what_works_and_what_not(tmp_path: Path) -> None:
-    def step(request: dict[str, Any]) -> Answer:
-        bread = "bread" in request["messages"][-1]["content"]
-        return (obeys("json_schema") if bread else in_range(0))(request)
-
-    with serving(step) as server:
+    with serving(canary_or_genomes) as server:
         found = check(chat(server, tmp_path / "a", Ledger(Price(1.0, 1.0))))
     assert (found.problem, found.mode, found.valid, found.requested) == (None, "json_schema", 6, 6)
     assert found.totals.requests == len(server.requests) == 4
