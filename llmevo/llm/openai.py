@@ -34,6 +34,7 @@ _BOUNDS = frozenset(
     {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
     | {"minLength", "maxLength", "pattern", "minItems", "maxItems", "uniqueItems"}
 )
+_LENGTHS = frozenset({"minItems", "maxItems"})
 _VALIDATION = re.compile(
     r"literal_error|validation|input should be|response_format|json_schema|extra_forbidden|grammar"
     r"|context.?(length|size|window)",
@@ -219,7 +220,10 @@ class OpenAIChat:
         if request.seed is not None and "seed" not in self._dropped:
             arguments["seed"] = request.seed
         if request.schema is not None:
-            schema = unbounded(request.schema)
+            # Those who take a schema beside json_object are llama.cpp's kin, which keep the length of a list
+            # and nothing else; a small model that may leave the list empty does.
+            keep = _LENGTHS if mode == "json_object_schema" else frozenset()
+            schema = unbounded(request.schema, keep)
             if mode == "json_schema":
                 named = {"name": request.name, "strict": True, "schema": schema}
                 arguments["response_format"] = {"type": "json_schema", "json_schema": named}
@@ -310,8 +314,8 @@ class _Call:
         return sum(attempt.seconds + attempt.waited for attempt in self.attempts)
 
 
-def unbounded(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """`schema` without numeric and length bounds, which several gateways refuse."""
+def unbounded(schema: Mapping[str, Any], keep: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """`schema` without numeric and length bounds but those in `keep`; several gateways refuse them."""
 
     def clean(node: Any) -> Any:
         if isinstance(node, Mapping):
@@ -321,7 +325,7 @@ def unbounded(schema: Mapping[str, Any]) -> dict[str, Any]:
                 if key == "properties"
                 else clean(value)
                 for key, value in node.items()
-                if key not in _BOUNDS
+                if key not in _BOUNDS or key in keep
             }
         return [clean(part) for part in node] if isinstance(node, list) else node
 

@@ -118,6 +118,18 @@ def test_one_call(name: str) -> None:
     assert not any("n" in seen.json for seen in server.requests), "several answers are not portable"
 
 
+def test_only_the_schema_beside_json_object_says_how_many() -> None:
+    """The other bounds are refused or ignored; without this one a small model may answer with none at all."""
+    for name, bounded in (("llama_cpp_python", True), ("vllm", False)):
+        with serving(speaking(DIALECTS[name])) as server:
+            chat(server).complete(ASK)
+        form = server.requests[-1].json["response_format"]
+        sent = form["schema"] if bounded else form["json_schema"]["schema"]
+        assert ("minItems" in sent["properties"]["proposals"]) is bounded
+        assert "maximum" not in json.dumps(sent)
+        assert "maxLength" not in json.dumps(sent)
+
+
 @pytest.mark.parametrize("name", DIALECTS)
 def test_the_proposer_over_each(name: str) -> None:
     with serving(speaking(DIALECTS[name])) as server:
