@@ -65,6 +65,11 @@ def test_every_mode_runs_as_the_genome_says(search: dict[str, Any], asks: bool, 
     assert origins <= {trial.origin for trial in opt.trials}
 
 
+def test_a_base_that_asks_a_model_needs_one() -> None:
+    assert genome(proposer="hybrid", base="llm", guest="placebo").search.asks_model
+    assert not genome(proposer="hybrid", base="ga", guest="topk_mean").search.asks_model
+
+
 def test_the_options_of_a_hybrid_arrive() -> None:
     search = {"share": 0.2, "warmup": 4, "adapt": "false", "screen": "false", "on_outage": "base"}
     spec = genome(proposer="hybrid", **search)

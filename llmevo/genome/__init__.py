@@ -140,7 +140,7 @@ class SearchSpec(Spec):
         screen: hybrid only: whether points that the history speaks against are turned away.
         on_outage: hybrid only: `base` to go on without a model that does not serve, labelled.
         mode: One genome from the language model for each proposal, or one mean for each batch.
-        prompts: Folder whose files replace the prompts of the same name.
+        prompts: Folder, from the working directory, whose files replace the prompts of the same name.
         trials: How many trials the search makes, references included.
         population: Trials per generation; None for the proposer's default.
         seed: Everything random follows from it.
@@ -171,7 +171,8 @@ class SearchSpec(Spec):
     @property
     def asks_model(self) -> bool:
         """Whether a language model proposes."""
-        return self.proposer in ("llm", "warmstart") or (self.proposer, self.guest) == ("hybrid", "llm")
+        mixed = self.proposer == "hybrid" and "llm" in (self.base, self.guest)
+        return self.proposer in ("llm", "warmstart") or mixed
 
 
 class EvaluateSpec(Spec):

@@ -70,8 +70,8 @@ class Hybrid:
         if on_outage not in ("stop", "base"):
             raise ProposerError(f"`on_outage` must be 'stop' or 'base', but got {on_outage!r}.")
         for name, who in (("base", base), ("guest", guest)):
-            if who == "hybrid":
-                raise ProposerError(f"`{name}` must be another proposer than 'hybrid'; name a single one.")
+            if who in ("hybrid", "warmstart"):
+                raise ProposerError(f"`{name}` must be a single proposer, but got {who!r}; name another.")
         if base_options and not isinstance(base, str):
             raise ProposerError(
                 "`base_options` needs a `base` given by name; construct the object with them."

@@ -218,6 +218,7 @@ def test_a_guest_with_nothing_new_does_not_end_the_search() -> None:
         ({"share": 1.5}, "share"),
         ({"warmup": -1}, "warmup"),
         ({"base": "hybrid"}, "base"),
+        ({"base": "warmstart"}, "base"),
         ({"base": Random(SPACE, "maximize"), "base_options": {"population": 3}}, "base_options"),
         ({"temperature": 0.7}, "temperature"),
         ({"on_outage": "hide"}, "on_outage"),
