@@ -172,7 +172,9 @@ class _Sitting:
         self._workers = workers
         self._left = limit
         self._failed_in_a_row = 0
-        self.recipes = Recipes(genome, num_layers(genome))
+        layers = num_layers(genome)
+        store.set_meta("layers", layers)  # a replay has no models to ask
+        self.recipes = Recipes(genome, layers)
         self.references = opening.references(genome, self.recipes)
         self.batch = opening.batch(genome.search, self.recipes.space)
         given = chat if genome.search.asks_model else None
@@ -196,13 +198,8 @@ class _Sitting:
         """Search, then score the finalists; return the exit code and the reason."""
         history = self.optimizer.trials
         self.store.set_meta("references", len(self.references))
-        self.store.log(
-            "started",
-            trials=len(history),
-            pending=len(self._pending),
-            budget=self.genome.search.trials,
-            **opening.environment(),
-        )
+        counts = {"trials": len(history), "pending": len(self._pending), "budget": self.genome.search.trials}
+        self.store.log("started", **counts, **opening.environment())
         self.observer.started(
             RunInfo(
                 self.store.run_dir,

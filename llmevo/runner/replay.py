@@ -78,7 +78,7 @@ def replay(run_dir: Path, out: Path, observer: Observer) -> Replay:
     if Store.exists(out):
         raise StoreError(f"`{out}` already has a run; choose another --out.")
     with Store.open(run_dir, readonly=True) as store:
-        genome, text, known = store.genome, store.genome_text, store.trials()
+        genome, text, known = _offline(store), store.genome_text, store.trials()
         budgets = [event.get("budget") for event in store.events if event["kind"] == "started"]
         executor = RecordedExecutor(_outcomes(store), store.meta("pipeline", {}))
     if not known:
@@ -99,6 +99,13 @@ def replay(run_dir: Path, out: Path, observer: Observer) -> Replay:
         with Store.open(out, readonly=True) as store:
             again = store.trials()
     return Replay(run_dir, len(known), tuple(_differences(known, again)), reason)
+
+
+def _offline(store: Store) -> Genome:
+    """The run's genome, with what was read from its models."""
+    genome = store.genome
+    spec = genome.genome.model_copy(update={"num_layers": store.meta("layers", genome.genome.num_layers)})
+    return genome.model_copy(update={"genome": spec})
 
 
 def _with(genome: Genome, budget: int) -> Genome:

@@ -212,6 +212,21 @@ def test_a_run_with_more_trials_later_is_played_again_too(tmp_path: Path) -> Non
     assert (found.differences, found.trials) == ((), 16)
 
 
+def test_a_replay_needs_no_models(tmp_path: Path) -> None:
+    """The number of layers came from the first model, which is gone now."""
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    (parent / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 4}))
+    data = genome_data(proposer="ga", trials=8)
+    models = [str(parent), "b/finnish"]
+    data["genome"] = {**data["genome"], "models": models, "num_layers": None, "layer_granularity": 2}
+    text = yaml.safe_dump(data)
+    genome = genomes.parse(text)
+    runner.run(genome, text, tmp_path / "run", observer=NoDisplay(), executor=FunctionExecutor())
+    (parent / "config.json").unlink()
+    assert replay(tmp_path / "run", tmp_path / "again", NoDisplay()).identical
+
+
 def test_an_outage_that_was_waited_out_leaves_no_trace_in_a_replay(tmp_path: Path) -> None:
     with serving(in_range(0), reset(), in_range(0)) as server:
         assert run(server, tmp_path / "run").exit_code == 3
