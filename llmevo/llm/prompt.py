@@ -117,6 +117,24 @@ class Context:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What one call is about.
+
+    Args:
+        view: What of the space is shown; None for all.
+        strength: The mutation strength in force; None to say nothing of it.
+        mean: Whether the proposal is the centre of a batch.
+        turn: Number of the call: small batches get their roles in turn.
+    """
+
+    view: View | None = None
+    strength: float | None = None
+    mean: bool = False
+    turn: int = 0
+
+
+@final
 class Prompts:
     """The templates, loaded and checked.
 
@@ -167,10 +185,7 @@ class Prompts:
         *,
         context: Context,
         compact: bool,
-        view: View | None = None,
-        strength: float | None = None,
-        mean: bool = False,
-        turn: int = 0,
+        aim: Aim | None = None,
     ) -> tuple[Message, ...]:
         """A fresh conversation that asks for `n` proposals.
 
@@ -182,11 +197,10 @@ class Prompts:
             n: Number of proposals.
             context: What else is known.
             compact: In few words, for small models.
-            view: What of the space is shown; None for all.
-            strength: The mutation strength in force; None to say nothing of it.
-            mean: Whether the proposal is the centre of a batch.
-            turn: Number of the call: small batches get their roles in turn.
+            aim: What this call is about; None for the whole space.
         """
+        aim = Aim() if aim is None else aim
+        view = aim.view
         whole = space
         if view is not None and view.kind != "all":
             space = view.space
@@ -196,12 +210,27 @@ class Prompts:
         why = "" if compact else ',"why":"..."'
         contract = self._render("contract", n=n, keys=keys, why=why)
         if compact:
-            history = rows(space, ranked.complete[:_COMPACT_BEST], (), tasks=False)
-            domains = "\n".join(f"{shown}: {domain(space.genes[key])}" for key, shown in names(space).items())
-            body = self._render(
-                "compact", direction=direction, table=domains, history=history, n=n, contract=contract
-            )
-            return ({"role": "user", "content": body},)
+            return ({"role": "user", "content": self._compact(space, direction, ranked, n, contract)},)
+        body = self._full(
+            space, direction, trials, ranked, context, aim, n=n, total=len(whole), contract=contract
+        )
+        return ({"role": "system", "content": self._render("system")}, {"role": "user", "content": body})
+
+    def _full(
+        self,
+        space: Space,
+        direction: Direction,
+        trials: Sequence[Trial],
+        ranked: Ranked,
+        context: Context,
+        aim: Aim,
+        *,
+        n: int,
+        total: int,
+        contract: str,
+    ) -> str:
+        """The task in full, for what of the space is shown."""
+        view = aim.view
         meanings = {**context.meanings, **(view.meanings if view is not None else {})}
         values: dict[str, object] = {
             "goal": quote(context.goal or "the best score", 300),
@@ -215,16 +244,28 @@ class Prompts:
             "contract": contract,
         }
         if ranked.best is None:
-            body = self._render("warmstart", **values)
-        else:
-            kind = "all" if view is None else view.kind
-            values["focus"] = "" if kind == "all" else self._render(kind, shown=len(space), total=len(whole))
-            values["digest"] = "\n".join(digest(space, ranked, strength))
-            values["state"] = self._state(space, direction, trials, view)
-            values["history"] = rows(space, ranked.complete, ranked.last, tasks=True)
-            values["roles"] = roles(n, mean=mean, turn=turn)
-            body = self._render("propose", **values)
-        return ({"role": "system", "content": self._render("system")}, {"role": "user", "content": body})
+            return self._render("warmstart", **values)
+        kind = "all" if view is None else view.kind
+        return self._render(
+            "propose",
+            **values,
+            focus="" if kind == "all" else self._render(kind, shown=len(space), total=total),
+            digest="\n".join(digest(space, ranked, aim.strength)),
+            state=self._state(space, direction, trials, view),
+            history=rows(space, ranked.complete, ranked.last, tasks=True),
+            roles=roles(n, mean=aim.mean, turn=aim.turn),
+        )
+
+    def _compact(self, space: Space, direction: Direction, ranked: Ranked, n: int, contract: str) -> str:
+        """The task in few words."""
+        return self._render(
+            "compact",
+            direction=direction,
+            table="\n".join(f"{shown}: {domain(space.genes[key])}" for key, shown in names(space).items()),
+            history=rows(space, ranked.complete[:_COMPACT_BEST], (), tasks=False),
+            n=n,
+            contract=contract,
+        )
 
     def _state(self, space: Space, direction: Direction, trials: Sequence[Trial], view: View | None) -> str:
         """What the optimizer beside does; empty if there is none."""

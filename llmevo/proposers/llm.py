@@ -21,8 +21,8 @@ from llmevo.llm.blocks import View, view
 from llmevo.llm.decode import Decoded, decode
 from llmevo.llm.digest import Ranked, rank
 from llmevo.llm.encode import schema
+from llmevo.llm.prompt import Aim, Prompts
 from llmevo.llm.prompt import Context as Context
-from llmevo.llm.prompt import Prompts
 from llmevo.proposers import Direction
 from llmevo.proposers.nearby import Known
 from llmevo.space import Params, Space
@@ -242,10 +242,7 @@ class LLM:
                 count,
                 context=self.context,
                 compact=compact,
-                view=shown,
-                strength=question.sigma,
-                mean=self.mode == "mean",
-                turn=question.turn,
+                aim=Aim(shown, question.sigma, self.mode == "mean", question.turn),
             )
 
         parent = shown.down(ranked.best.params) if ranked.best is not None else None

@@ -14,7 +14,7 @@ import pytest
 from llmevo import Categorical, Condition, Float, GenomeError, Int, Score, Space, State, Trial
 from llmevo.llm.blocks import view
 from llmevo.llm.digest import digest, rank
-from llmevo.llm.prompt import PLACEHOLDERS, Context, Prompts, cards
+from llmevo.llm.prompt import PLACEHOLDERS, Aim, Context, Prompts, cards
 from llmevo.resources import read
 from llmevo.space import Value
 
@@ -112,8 +112,8 @@ def rendered() -> dict[str, str]:
     assert incumbent is not None
     return {
         "warmstart": ask(SPACE, [], 3),
-        "propose": ask(SPACE, history(), 3, strength=0.15),
-        "handles": ask(DEEP, deep(), 1, view=view(DEEP, incumbent.params, 2), context=Context(), turn=1),
+        "propose": ask(SPACE, history(), 3, aim=Aim(strength=0.15)),
+        "handles": ask(DEEP, deep(), 1, aim=Aim(view(DEEP, incumbent.params, 2), turn=1), context=Context()),
         "compact": ask(SPACE, history(), 2, compact=True),
         "repair": prompts.repair("it was empty") + "\n",
     }
