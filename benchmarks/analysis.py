@@ -117,6 +117,12 @@ def _shown(found: Interval | None) -> str:
     return "-" if found is None else f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
+def _seeds(runs: Runs, arm: str) -> str:
+    """How many instances of a space an arm has searched, the fewest and the most."""
+    counts = sorted({len(by_seed) for by_seed in runs.get(arm, {}).values() if by_seed})
+    return "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "0"
+
+
 def ratios(
     runs: Runs, base: str = "cma", arms: Iterable[str] | None = None, counts: Sequence[int] = BUDGETS
 ) -> str:
@@ -125,13 +131,14 @@ def ratios(
     rows = [
         [
             arm,
+            _seeds(runs, arm),
             *(_shown(ratio(runs, arm, base, spaces, (count,))) for count in counts),
             _shown(ratio(runs, arm, base, spaces, counts)),
         ]
         for arm in (runs if arms is None else arms)
         if arm != base
     ]
-    return _table(["arm", *(f"{count} evaluations" for count in counts), "all"], rows)
+    return _table(["arm", "seeds", *(f"{count} evaluations" for count in counts), "all"], rows)
 
 
 def ratios_by_space(runs: Runs, arms: Sequence[str], base: str = "cma") -> str:
@@ -266,7 +273,9 @@ def draw(runs: Runs, folder: Path) -> Path:
         panel.set_title(space, fontsize=10)
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
+        low, high = panel.get_ylim()
+        marked = "25" if high > 5 * low else "23468"
+        panel.yaxis.set_minor_formatter(lambda y, _, marked=marked: f"{y:g}" if f"{y:e}"[0] in marked else "")
         panel.tick_params(labelsize=8, which="both")
         panel.grid(alpha=0.25, which="both")
     for panel in list(axes.flat)[len(spaces) :]:
@@ -314,8 +323,7 @@ def report(records: Iterable[Record], folder: Path) -> str:
         for arm, by_space in runs.items()
     }
     full = {arm: by_space for arm, by_space in full.items() if by_space}
-    seeds = sorted({len(found) for by_space in full.values() for found in by_space.values()})
-    parts = ["## Verdicts", *verdicts(full), f"\nseeds per arm and space: {seeds}"]
+    parts = ["## Verdicts\n", *(f"- {line}" for line in verdicts(full))]
     parts += ["\n## Regret over that of cma", ratios(full)]
     if "hybrid+placebo" in full:
         guests = [arm for arm in full if "+" in arm]
