@@ -18,7 +18,7 @@ help:
 	@echo "make run    the quickstart: evolve a merge of SmolLM2 experts and show what came out"
 	@echo "make test   every test, real models and kill -9 included"
 	@echo "make quick  the everyday tests"
-	@echo "make test-servers  compile llama-cpp-python (minutes) and test against its real server"
+	@echo "make test-servers  compile llama-cpp-python (6 to 20 minutes, once) and test against its real server"
 	@echo "make check  ruff and mypy"
 
 setup: $(STAMP)
