@@ -189,7 +189,7 @@ def test_the_same_run_gives_the_same_file(findings: Findings, html: str) -> None
 def test_without_matplotlib_the_message_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from llmevo import svg\n"
+        "from llmevo.report import svg\n"
         "from llmevo.errors import LlmevoError\n"
         "try:\n    svg.pyplot()\nexcept LlmevoError as error:\n    print(error)\n"
     )
