@@ -16,12 +16,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 # Before transformers and datasets are imported: everything is on this machine.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would interleave with the lines below
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 on transformers 5.23
 
 import quickstart_data as data
 import quickstart_experts as experts
