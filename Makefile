@@ -9,8 +9,8 @@ SERVERS := .venv-servers
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-# Waiting threads that spin would take the core that another process needs.
-export OMP_WAIT_POLICY := PASSIVE
+# Waiting threads that spin for long take the core that another process needs.
+export GOMP_SPINCOUNT := 5000
 
 .PHONY: run test test-servers quick check setup clean help
 

@@ -179,7 +179,10 @@ def test_five_fallbacks_in_a_row_stop_the_run_resumably() -> None:
 def test_a_good_answer_between_resets_the_count() -> None:
     bad, good = ok("prose"), genomes(point)
     with serving(*[bad] * 8, good, *[bad] * 8, good) as server:
-        rounds(optimizer(server), [1] + [1] * 10)
+        opt = optimizer(server)
+        rounds(opt, [1] + [1] * 10)
+    fallbacks = [trial.origin.startswith("fallback:") for trial in opt.trials]
+    assert fallbacks == [False] + [True] * 4 + [False] + [True] * 4 + [False]
 
 
 @pytest.mark.parametrize(
