@@ -243,8 +243,8 @@ def _work(
         os.dup2(descriptor, 2)
     os.dup2(2, 1)  # stdout is for results
     # Threads that spin for long while they wait for each other take the core that another process needs:
-    # beside a busy neighbour a forward pass took 1.8 s, and 1.4 s with this bound; alone 0.6 s either way. Read
-    # when torch is imported, so only here.
+    # beside a busy neighbour a forward pass took 1.8 s, and 1.4 s with this bound; alone 0.6 s either way.
+    # The variable is read when torch is imported, so only here.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads)
