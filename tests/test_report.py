@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def test_a_gain_that_is_noise_is_not_called_one(tmp_path: Path) -> None:
 
 
 def test_the_uniform_merge_is_compared_pair_by_pair(findings: Findings) -> None:
-    gap = findings.uniform_gap()
+    gap = findings.gap_to("uniform")
     rows = {row.label: row.score for row in findings.summary.table}
     evolved, uniform = rows["evolved"], rows["uniform"]
     assert gap is not None
@@ -151,6 +152,17 @@ def test_the_uniform_merge_is_compared_pair_by_pair(findings: Findings) -> None:
     assert uniform is not None
     assert gap.estimate == pytest.approx(evolved.value - uniform.value)
     assert gap.low < gap.estimate < gap.high
+
+
+def test_a_warm_start_that_needed_no_search_is_named(findings: Findings) -> None:
+    assert findings.gap_to("warm_start") is None
+    rows = [
+        replace(row, label=row.label.replace("uniform", "warm_start:0")) for row in findings.summary.table
+    ]
+    warm = replace(findings, summary=replace(findings.summary, table=tuple(rows)))
+    assert warm.gap_to("warm_start") == findings.gap_to("uniform")
+    assert "best warm start" in warm.verdict()
+    assert "uniform merge" not in warm.verdict()
 
 
 def test_a_run_that_has_barely_begun_has_a_report(tmp_path: Path) -> None:

@@ -237,7 +237,11 @@ class Findings:
                 f"The held-out items have not been scored{why}, so nothing can be said yet about a gain: the "
                 "best of many noisy scores is too good on average."
             )
-        parts = (self._against_parent(row), self._claimed(row), self._against_uniform())
+        unsearched = [
+            self._against("uniform", "uniform merge"),
+            self._against("warm_start", "best warm start"),
+        ]
+        parts = (self._against_parent(row), self._claimed(row), *unsearched)
         return " ".join(part for part in parts if part)
 
     def _claimed(self, row: Row) -> str:
@@ -269,19 +273,21 @@ class Findings:
             "zero: no gain larger than the noise is shown. More held-out items would narrow it."
         )
 
-    def uniform_gap(self) -> Interval | None:
-        """How far the evolved model is from the uniform merge on the held-out items."""
+    def gap_to(self, kind: str) -> Interval | None:
+        """How far the evolved model is from the `uniform` merge or the `warm_start` on the held-out items."""
         row = self.winner
-        uniform = next((other.score for other in self.summary.table if other.label == "uniform"), None)
-        if row is None or row.score is None or uniform is None:
+        table = self.summary.table
+        other = next((other.score for other in table if other.label.split(":")[0] == kind), None)
+        if row is None or row.score is None or other is None:
             return None
         try:
-            return paired_difference(row.score.items, uniform.items, weights=self.weights)
+            return paired_difference(row.score.items, other.items, weights=self.weights)
         except StatsError:  # scores without items have no pairs
             return None
 
-    def _against_uniform(self) -> str:
-        gap = self.uniform_gap()
+    def _against(self, kind: str, name: str) -> str:
+        """What the search gained over a recipe that needs none."""
+        gap = self.gap_to(kind)
         if gap is None:
             return ""
         span = (
@@ -289,10 +295,10 @@ class Findings:
         )
         sure = self._sure(gap.low, gap.high)
         if sure > 0:
-            return f"Against the uniform merge it gains {span}."
+            return f"Against the {name} it gains {span}."
         if sure < 0:
-            return f"The uniform merge, which needs no search, is better: the evolved one differs by {span}."
-        return f"The uniform merge, which needs no search, cannot be told apart: the difference is {span}."
+            return f"The {name}, which needs no search, is better: the evolved one differs by {span}."
+        return f"The {name}, which needs no search, cannot be told apart: the difference is {span}."
 
     def genome_text(self) -> str:
         """The genome as it was run, overrides included, as YAML."""
@@ -319,7 +325,8 @@ class Findings:
             "evolved": trial_json(summary.evolved),
             "references": [trial_json(trial) for trial in summary.references],
             "held_out": [_row_json(row) for row in summary.table],
-            "uniform_gap": _interval_json(self.uniform_gap()),
+            "uniform_gap": _interval_json(self.gap_to("uniform")),
+            "warm_start_gap": _interval_json(self.gap_to("warm_start")),
             "held_out_items": self.held_out_items(),
             "language_model": self.language_model,
             "llm": None if summary.money is None else summary.money.to_json(),
