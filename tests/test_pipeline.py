@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,14 @@ import yaml
 torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
 
+from safetensors.torch import load_file  # noqa: E402
+
+from llmevo import genome as genomes  # noqa: E402
+from llmevo import runner  # noqa: E402
+from llmevo.cli.display import NoDisplay  # noqa: E402
 from llmevo.errors import GenomeError  # noqa: E402
 from llmevo.genome import Genome  # noqa: E402
-from llmevo.pipeline import Job, MergePipeline  # noqa: E402
+from llmevo.pipeline import Job, MergePipeline, Outcome  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +207,52 @@ def test_a_device_that_is_not_there_is_a_genome_error(genome: Genome) -> None:
         spec = genome.evaluate.model_copy(update={"device": name})
         with pytest.raises(GenomeError, match=message):
             MergePipeline(genome.model_copy(update={"evaluate": spec}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_ties"])
+def test_mergekit_makes_the_evaluated_weights_from_the_best_recipe(
+    genome: Genome, tmp_path: Path, method: str
+) -> None:
+    searched = genome.model_copy(
+        update={
+            "genome": genome.genome.model_copy(update={"merge_method": method}),
+            "search": genome.search.model_copy(update={"trials": 8, "references": False, "seed": 3}),
+        }
+    )
+    run_dir = tmp_path / "run"
+    inside = InProcess(MergePipeline(searched))
+    summary = runner.run(searched, genomes.dump(searched), run_dir, observer=NoDisplay(), executor=inside)
+    assert summary.best is not None
+    again = inside.pipeline.run(runner.job_of(searched, summary.best))
+    assert again.score == summary.best.score
+    evaluated = inside.pipeline._merger.model.state_dict()
+
+    # What a user would type; the seed is that of the run, for DARE's masks.
+    command = [Path(sys.executable).with_name("mergekit-yaml"), run_dir / "best" / "recipe.yaml"]
+    options = ["--random-seed", "3", "--quiet"]
+    subprocess.run([*command, tmp_path / "merged", *options], check=True, capture_output=True)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert len(merged) > 30
+    for name, weight in merged.items():
+        assert torch.equal(weight.to(evaluated[name].dtype), evaluated[name]), name
+
+
+class InProcess:
+    """An executor that runs its jobs at once, here, so that a test can look at the resident model."""
+
+    workers = 1
+
+    def __init__(self, pipeline: MergePipeline) -> None:
+        self.pipeline = pipeline
+
+    def submit(self, job: Job) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
+        future.set_result(self.pipeline.run(job))
+        return future
+
+    def describe(self) -> dict[str, Any]:
+        return self.pipeline.describe()
+
+    def shutdown(self, cancel: bool = False) -> None:
+        """There is nothing to end."""
