@@ -33,6 +33,8 @@ class Job:
         split: Which of the run's items to score.
         recipe: A mergekit configuration to evaluate instead of the params' own, for parents, the uniform
             merge and warm starts.
+        rung: Score only the items up to this rung, an index into `describe()["rungs"]`; None for all.
+        exact: Merge with mergekit's own arithmetic, whatever `merge.mode` says.
     """
 
     number: int
@@ -40,6 +42,8 @@ class Job:
     seed: int
     split: Split = "search"
     recipe: dict[str, Any] | None = None
+    rung: int | None = None
+    exact: bool = False
 
 
 @final
@@ -55,6 +59,7 @@ class Outcome:
         bytes: Bytes by stage, where a stage counts them.
         error: One line saying why the job failed.
         stage: The stage that failed.
+        items: How many items were `scored` now, and how many were `cached`.
     """
 
     number: int
@@ -64,6 +69,7 @@ class Outcome:
     bytes: dict[str, int] = field(default_factory=dict)
     error: str | None = None
     stage: str | None = None
+    items: dict[str, int] = field(default_factory=dict)
 
 
 class Pipeline(Protocol):

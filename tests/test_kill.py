@@ -202,8 +202,8 @@ def test_kill_minus_nine_at_twenty_moments(
     assert evaluated_again == 0
     with capsys.disabled():
         print(
-            f"\nkill -9: {kills} kills, {starting} of them while starting; {survived} of the last run's {_TRIALS} "
-            f"trials acknowledged between them, 0 lost, 0 evaluated twice after that; final run identical"
+            f"\nkill -9: {kills} kills, {starting} of them while starting; {survived} of the last run's "
+            f"{_TRIALS} trials acknowledged between them, 0 lost, 0 evaluated twice; final run identical"
         )
 
 

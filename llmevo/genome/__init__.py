@@ -1,7 +1,8 @@
 """The genome file: what the YAML may say, as pydantic models, and how it is read.
 
 The upper half (`genome`, `tasks`, `limit` and so on) is `mergekit-evolve`'s format, so that its files run
-here unchanged. `search`, `llm`, `evaluate`, `run` and `warm_start` are ours. Unknown keys are refused.
+here unchanged. `search`, `llm`, `merge`, `evaluate`, `run` and `warm_start` are ours. Unknown keys are
+refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from llmevo.errors import GenomeError
 from llmevo.genome import yamltext
 from llmevo.genome.explain import explain
 from llmevo.genome.llm import LLMSpec as LLMSpec
+from llmevo.genome.sections import EvaluateSpec as EvaluateSpec
+from llmevo.genome.sections import MergeStageSpec as MergeStageSpec
+from llmevo.genome.sections import RunSpec as RunSpec
+from llmevo.genome.sections import SearchSpec as SearchSpec
 from llmevo.genome.spec import Methods, ModelSetting, Spec, Warm
 
 
@@ -113,104 +118,6 @@ class TaskSpec(Spec):
         return {"name": value} if isinstance(value, str) else value
 
 
-class StrengthSpec(Spec):
-    """How the mutation strength (a standard deviation in the unit cube) adapts.
-
-    Attributes:
-        rule: `one_fifth`, or `two_level` as in LLM-Evo-Merge (--sigma-low, --sigma-high).
-        improve: two_level: strength after an improvement.
-        stagnate: two_level: strength otherwise.
-    """
-
-    rule: Literal["one_fifth", "two_level"] = "one_fifth"
-    improve: Annotated[float, Field(gt=0, le=1)] = 0.05
-    stagnate: Annotated[float, Field(gt=0, le=1)] = 0.2
-
-
-class SearchSpec(Spec):
-    """Who proposes, and how much.
-
-    Attributes:
-        proposer: `random`, `sobol`, `ga`, `cma`, `llm`, `hybrid`, `warmstart`, `placebo` or `topk_mean`.
-        base: hybrid and warmstart only: the base proposer.
-        guest: hybrid only: who has the share; a proposer without a model makes it a control.
-        share: hybrid only: the guest's highest share of the trials after `warmup`.
-        warmup: hybrid only: trials before the guest's first.
-        adapt: hybrid only: whether the share falls while the guest wins less than the base.
-        screen: hybrid only: whether points that the history speaks against are turned away.
-        on_outage: hybrid only: `base` to go on without a model that does not serve, labelled.
-        mode: One genome from the language model for each proposal, or one mean for each batch.
-        prompts: Folder, from the working directory, whose files replace the prompts of the same name.
-        trials: How many trials the search makes, references included.
-        population: Trials per generation; None for the proposer's default.
-        seed: Everything random follows from it.
-        strength: Mutation strength of `ga` and `llm`.
-        direction: Whether the weighted score is maximised or minimised.
-        references: Whether the baseline, the parents and the uniform merge are evaluated first.
-        sigma0: cma only: initial step in the unit cube.
-    """
-
-    proposer: str = "cma"
-    base: str = "cma"
-    guest: Literal["llm", "placebo", "topk_mean", "ga", "random"] = "llm"
-    share: Annotated[float, Field(ge=0, le=1)] = 0.3
-    warmup: Annotated[int, Field(ge=0)] = 10
-    adapt: bool = True
-    screen: bool = True
-    on_outage: Literal["stop", "base"] = "stop"
-    mode: Literal["points", "mean"] = "points"
-    prompts: str | None = None
-    trials: Annotated[int, Field(ge=1)] = 100
-    population: Annotated[int, Field(ge=2)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-    strength: StrengthSpec = StrengthSpec()
-    direction: Literal["maximize", "minimize"] = "maximize"
-    references: bool = True
-    sigma0: Annotated[float, Field(gt=0, le=1)] = 1 / 6
-
-    @property
-    def asks_model(self) -> bool:
-        """Whether a language model proposes."""
-        mixed = self.proposer == "hybrid" and "llm" in (self.base, self.guest)
-        return self.proposer in ("llm", "warmstart") or mixed
-
-
-class EvaluateSpec(Spec):
-    """How models are scored.
-
-    Attributes:
-        batch_size: Requests per forward pass; None lets llmevo choose once per run.
-        dtype: Of the resident model; `auto` is bfloat16 where the hardware has it, else float32.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        holdout: Share of each task's items that the search never sees.
-        task_path: Folders with local lm-eval tasks. They are code: name only what you trust.
-        max_length: Longest context in tokens; None for the model's.
-        finalists: How many of the best trials are scored on the held-out items at the end.
-    """
-
-    batch_size: Annotated[int, Field(ge=1)] | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device: str = "auto"
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    task_path: list[str] = Field(default_factory=list)
-    max_length: Annotated[int, Field(ge=1)] | None = None
-    finalists: Annotated[int, Field(ge=1)] = 1
-
-
-class RunSpec(Spec):
-    """Where and how the run is kept.
-
-    Attributes:
-        dir: The run directory; None for `runs/<name of the genome file>`.
-        workers: Processes that each hold a model.
-        timeout: Seconds after which a trial is a failure; None for never.
-    """
-
-    dir: str | None = None
-    workers: Annotated[int, Field(ge=1)] = 1
-    timeout: Annotated[float, Field(gt=0)] | None = None
-
-
 class Genome(Spec):
     """A whole genome file.
 
@@ -225,6 +132,7 @@ class Genome(Spec):
         fewshot_as_multiturn: None to follow `apply_chat_template`.
         search: Who proposes.
         llm: The language model that proposes.
+        merge: How merges are computed.
         evaluate: How models are scored.
         run: Where the run is kept.
         warm_start: mergekit recipes that are evaluated first: inline, or paths relative to this file,
@@ -241,6 +149,7 @@ class Genome(Spec):
     fewshot_as_multiturn: bool | None = None
     search: SearchSpec = SearchSpec()
     llm: LLMSpec = LLMSpec()
+    merge: MergeStageSpec = MergeStageSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     run: RunSpec = RunSpec()
     warm_start: list[Warm] = Field(default_factory=list)

@@ -1,0 +1,146 @@
+"""The sections of a genome file that are llmevo's own: `search`, `merge`, `evaluate` and `run`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmevo.genome.spec import Spec
+
+
+class StrengthSpec(Spec):
+    """How the mutation strength (a standard deviation in the unit cube) adapts.
+
+    Attributes:
+        rule: `one_fifth`, or `two_level` as in LLM-Evo-Merge (--sigma-low, --sigma-high).
+        improve: two_level: strength after an improvement.
+        stagnate: two_level: strength otherwise.
+    """
+
+    rule: Literal["one_fifth", "two_level"] = "one_fifth"
+    improve: Annotated[float, Field(gt=0, le=1)] = 0.05
+    stagnate: Annotated[float, Field(gt=0, le=1)] = 0.2
+
+
+class HalvingSpec(Spec):
+    """Successive halving inside a batch: all trials see a few items, the better ones see more.
+
+    Attributes:
+        enabled: None for yes where the search has at least twice `first` items.
+        first: Items of the first rung, over all tasks.
+        eta: One in `eta` trials of a rung reaches the next, which has `eta` times its items.
+        rank_by: What ranks a rung: the score itself, or the weighted mean of a continuous measure of
+            multiple-choice tasks (`gold_logprob`, `gold_margin`) while the score is what is reported.
+    """
+
+    enabled: bool | None = None
+    first: Annotated[int, Field(ge=1)] = 60
+    eta: Annotated[int, Field(ge=2)] = 2
+    rank_by: Literal["score", "gold_logprob", "gold_margin"] = "score"
+
+
+class MergeStageSpec(Spec):
+    """How merges are computed while searching; the export always goes through mergekit itself.
+
+    Attributes:
+        mode: `fast` for one pass over resident buffers, rounded once, where the method allows it; `exact` for
+            mergekit's own arithmetic, bit for bit.
+        memory: `resident` keeps every parent in memory, `streamed` reads them from the disk layer by layer
+            for each merge; `auto` is resident where there is room.
+    """
+
+    mode: Literal["fast", "exact"] = "fast"
+    memory: Literal["auto", "resident", "streamed"] = "auto"
+
+
+class SearchSpec(Spec):
+    """Who proposes, and how much.
+
+    Attributes:
+        proposer: `random`, `sobol`, `ga`, `cma`, `llm`, `hybrid`, `warmstart`, `placebo` or `topk_mean`.
+        base: hybrid and warmstart only: the base proposer.
+        guest: hybrid only: who has the share; a proposer without a model makes it a control.
+        share: hybrid only: the guest's highest share of the trials after `warmup`.
+        warmup: hybrid only: trials before the guest's first.
+        adapt: hybrid only: whether the share falls while the guest wins less than the base.
+        screen: hybrid only: whether points that the history speaks against are turned away.
+        on_outage: hybrid only: `base` to go on without a model that does not serve, labelled.
+        mode: One genome from the language model for each proposal, or one mean for each batch.
+        prompts: Folder, from the working directory, whose files replace the prompts of the same name.
+        trials: How many trials the search makes, references included.
+        population: Trials per generation; None for the proposer's default.
+        seed: Everything random follows from it.
+        strength: Mutation strength of `ga` and `llm`.
+        direction: Whether the weighted score is maximised or minimised.
+        references: Whether the baseline, the parents and the uniform merge are evaluated first.
+        sigma0: cma only: initial step in the unit cube.
+        halving: Fewer items for trials that do badly.
+    """
+
+    proposer: str = "cma"
+    base: str = "cma"
+    guest: Literal["llm", "placebo", "topk_mean", "ga", "random"] = "llm"
+    share: Annotated[float, Field(ge=0, le=1)] = 0.3
+    warmup: Annotated[int, Field(ge=0)] = 10
+    adapt: bool = True
+    screen: bool = True
+    on_outage: Literal["stop", "base"] = "stop"
+    mode: Literal["points", "mean"] = "points"
+    prompts: str | None = None
+    trials: Annotated[int, Field(ge=1)] = 100
+    population: Annotated[int, Field(ge=2)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    strength: StrengthSpec = StrengthSpec()
+    direction: Literal["maximize", "minimize"] = "maximize"
+    references: bool = True
+    sigma0: Annotated[float, Field(gt=0, le=1)] = 1 / 6
+    halving: HalvingSpec = HalvingSpec()
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether a language model proposes."""
+        mixed = self.proposer == "hybrid" and "llm" in (self.base, self.guest)
+        return self.proposer in ("llm", "warmstart") or mixed
+
+
+class EvaluateSpec(Spec):
+    """How models are scored.
+
+    Attributes:
+        batch_size: Requests per forward pass; None lets llmevo choose once per run.
+        dtype: Of the resident model; `auto` is bfloat16 where the hardware has it, else float32.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        holdout: Share of each task's items that the search never sees.
+        task_path: Folders with local lm-eval tasks. They are code: name only what you trust.
+        max_length: Longest context in tokens; None for the model's.
+        finalists: How many of the best trials are scored on the held-out items at the end.
+        reference: Whether every forward pass is lm-eval's own (`--reference-eval`), instead of one that
+            computes shared contexts once.
+    """
+
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = "auto"
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    task_path: list[str] = Field(default_factory=list)
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    finalists: Annotated[int, Field(ge=1)] = 1
+    reference: bool = False
+
+
+class RunSpec(Spec):
+    """Where and how the run is kept.
+
+    Attributes:
+        dir: The run directory; None for `runs/<name of the genome file>`.
+        workers: Processes that each hold a model.
+        timeout: Seconds after which a trial is a failure; None for never.
+        cache: Whether answers to items are kept for all runs of this user (in `$LLMEVO_CACHE`, by default
+            `~/.cache/llmevo`), so that the same weights are never asked the same items twice.
+    """
+
+    dir: str | None = None
+    workers: Annotated[int, Field(ge=1)] = 1
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    cache: bool = True
