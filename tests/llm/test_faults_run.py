@@ -208,7 +208,7 @@ OUTAGES = {
     "reset": (reset(), 2, 0, "APIConnectionError"),
     "half a body": (raw(WHOLE, cut=len(WHOLE) // 2), 2, 0, "APIConnectionError"),
 }
-LONGEST = 6.0  # seconds of any of them: none takes 3, but the cores may be busy
+LONGEST = 30.0  # seconds of any of them: none takes 3, but the cores may be busy
 SLOW = ("hang", "trickle")
 MAYBE_BILLED = ("500", "500 validation", "hang", "trickle", "reset", "half a body")
 
