@@ -113,7 +113,11 @@ class MergePipeline:
             )
         loaded = time.monotonic()
         self._evaluator = evaluate.Evaluator(
-            genome, self._merger.model, self._merger.tokenizer, device=device
+            genome,
+            self._merger.model,
+            self._merger.tokenizer,
+            device=device,
+            cache=evaluate.open_cache() if genome.run.cache else None,
         )
         self._facts: dict[str, Any] = {
             "device": str(device),
@@ -137,12 +141,12 @@ class MergePipeline:
                 sizes[stage] = self._merger.merge(merged, job.seed)
             stage = "evaluate"
             with _timed(seconds, stage):
-                score, metrics = self._evaluator.evaluate(job.split)
+                score, metrics = self._evaluator.evaluate(job.split, rung=job.rung)
         except Exception as error:  # a trial's failure is data, whatever it is
             failed, reason = _reason(error, stage)
             outcome = Outcome(job.number, seconds=seconds, bytes=sizes, error=reason, stage=failed)
         else:
-            return Outcome(job.number, score, metrics, seconds, sizes)
+            return Outcome(job.number, score, metrics, seconds, sizes, items=dict(self._evaluator.last))
         _free_memory()
         return outcome
 

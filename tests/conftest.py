@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-# Before any import of transformers or datasets: no test may reach for the network.
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# Before any import of transformers or datasets: no test may reach for the network, or find
+# something in the user's cache of answers or leave it there.
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", LLMEVO_CACHE="off"
+)
 
 _ROOT = Path(__file__).resolve().parent.parent
 

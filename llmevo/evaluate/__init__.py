@@ -3,8 +3,9 @@
 Importing this package imports neither torch nor lm-eval; they load when something here is used.
 """
 
+from llmevo.evaluate.cache import AnswerCache, open_cache
 from llmevo.evaluate.hardware import device, dtype
 from llmevo.evaluate.scorer import Evaluator
 from llmevo.evaluate.tasks import check_tasks
 
-__all__ = ["Evaluator", "check_tasks", "device", "dtype"]
+__all__ = ["AnswerCache", "Evaluator", "check_tasks", "device", "dtype", "open_cache"]

@@ -12,16 +12,14 @@ import hashlib
 import io
 import logging
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
-
 from llmevo.errors import GenomeError
-from llmevo.evaluate.measures import sign
-from llmevo.evaluate.tasks import GOLD_METRICS, split_metric, task_manager
+from llmevo.evaluate.items import draw_items, rung_sizes
+from llmevo.evaluate.parts import Part, parts_of
+from llmevo.evaluate.tasks import task_manager
 
 if TYPE_CHECKING:
     from llmevo.genome import Genome
@@ -33,31 +31,9 @@ _FEWSHOT_SEED = 1234  # lm-eval's own default, so that the prompts are those of 
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One term of the score.
-
-    Args:
-        key: Its name in `Score.items`: the task, or `task/metric` where a task has several terms.
-        task: lm-eval's name of the task.
-        metric: Metric without its filter.
-        filter: Name of lm-eval's filter chain.
-        weight: The genome's |weight|, times the task's share if the genome names its group.
-        sign: +1 or -1, see `measures.sign`.
-    """
-
-    key: str
-    task: str
-    metric: str
-    filter: str
-    weight: float
-    sign: int
-
-
-@final
 @dataclass(slots=True)
 class Requests:
-    """What one forward sweep answers: all requests of one type in a split, over all tasks.
+    """What one forward sweep answers: all requests of one type in a segment, over all tasks.
 
     Args:
         kind: `loglikelihood`, `loglikelihood_rolling` or `generate_until`.
@@ -74,6 +50,30 @@ class Requests:
 
 @final
 @dataclass(slots=True)
+class Segment:
+    """The items by which one rung extends the last: answered together, and kept together.
+
+    Its requests are batched by themselves, so that an answer does not depend on which other segments were
+    answered before.
+
+    Args:
+        documents: For each task, each item's instances, in stored order.
+        requests: What to run.
+        fingerprint: SHA-256 of the requests.
+    """
+
+    documents: dict[str, list[list[Any]]]
+    requests: list[Requests]
+    fingerprint: str
+
+    @property
+    def items(self) -> int:
+        """Items over all tasks."""
+        return sum(map(len, self.documents.values()))
+
+
+@final
+@dataclass(slots=True)
 class Plan:
     """Everything about an evaluation that does not depend on the weights.
 
@@ -81,8 +81,8 @@ class Plan:
         tasks: lm-eval's task by name.
         parts: Terms of the score.
         order: For each split and task, the items' numbers in lm-eval's data set, in stored order.
-        documents: For each split and task, each item's instances, in stored order.
-        requests: For each split, what to run.
+        segments: For each split, its items in the parts in which they are asked.
+        rungs: Items by task of each rung of the search, each rung a prefix of the next; the last has all.
         chat_template: Whether prompts go through the tokenizer's chat template.
         batch_size: Requests per forward pass.
     """
@@ -90,10 +90,19 @@ class Plan:
     tasks: dict[str, Any]
     parts: list[Part]
     order: dict[Split, dict[str, list[int]]]
-    documents: dict[Split, dict[str, list[list[Any]]]]
-    requests: dict[Split, list[Requests]]
+    segments: dict[Split, list[Segment]]
+    rungs: list[dict[str, int]]
     chat_template: bool
     batch_size: int
+
+    def requests(self, split: Split) -> list[Requests]:
+        """All requests of a split, segment by segment."""
+        return [requests for segment in self.segments[split] for requests in segment.requests]
+
+    def items(self, split: Split) -> dict[str, list[list[Any]]]:
+        """For each task, the instances of each item of a split, in stored order."""
+        segments = self.segments[split]
+        return {name: [row for segment in segments for row in segment.documents[name]] for name in self.tasks}
 
 
 @contextlib.contextmanager
@@ -142,20 +151,6 @@ def load_tasks(genome: Genome) -> tuple[dict[str, Any], dict[str, Any]]:
     return tasks, dict(loaded.get("groups") or {})
 
 
-def draw_items(genome: Genome, task_name: str, count: int) -> dict[Split, list[int]]:
-    """Which of a task's `count` items belong to which split, in stored order.
-
-    The items are shuffled once with the run's seed. The first `limit` of them are used; of these the last
-    `holdout` share is held out, at least one item and never all. `limit` counts both splits together.
-    """
-    rng = np.random.default_rng([genome.search.seed, zlib.crc32(task_name.encode())])
-    chosen = rng.permutation(count)[: genome.limit].tolist()
-    held = round(genome.evaluate.holdout * len(chosen))
-    if genome.evaluate.holdout > 0:
-        held = min(max(held, 1), len(chosen) - 1)
-    return {"search": chosen[: len(chosen) - held], "holdout": chosen[len(chosen) - held :]}
-
-
 def use_chat_template(genome: Genome, tokenizer: Any) -> bool:
     """Whether prompts go through the chat template: as the genome says, else if the tokenizer has one.
 
@@ -193,10 +188,27 @@ def build_plan(genome: Genome, lm: Any) -> Plan:
         for split in SPLITS:
             order[split][name] = items[split]
             documents[split][name] = [rendered[item] for item in items[split]]
-    requests = {split: _requests(lm, documents[split]) for split in SPLITS}
     sizes = {name: len(order["search"][name]) for name in tasks}
-    parts = _parts(genome, tasks, groups, sizes)
-    return Plan(tasks, parts, order, documents, requests, templated, lm.batch_size)
+    rungs = rung_sizes(genome.search.halving, sizes)
+    held = {name: len(order["holdout"][name]) for name in tasks}
+    segments: dict[Split, list[Segment]] = {
+        "search": _segments(lm, documents["search"], rungs),
+        "holdout": _segments(lm, documents["holdout"], [held]),
+    }
+    parts = parts_of(genome, tasks, groups, sizes)
+    return Plan(tasks, parts, order, segments, rungs, templated, lm.batch_size)
+
+
+def _segments(lm: Any, documents: dict[str, list[list[Any]]], rungs: list[dict[str, int]]) -> list[Segment]:
+    """What each rung adds to the last."""
+    segments = []
+    before = dict.fromkeys(documents, 0)
+    for rung in rungs:
+        added = {name: rows[before[name] : rung[name]] for name, rows in documents.items()}
+        requests = _requests(lm, added)
+        segments.append(Segment(added, requests, _fingerprint(requests)))
+        before = rung
+    return segments
 
 
 def _render(genome: Genome, lm: Any, task: Any, items: list[int], templated: bool) -> dict[int, list[Any]]:
@@ -224,7 +236,7 @@ def _render(genome: Genome, lm: Any, task: Any, items: list[int], templated: boo
 
 
 def _requests(lm: Any, documents: dict[str, list[list[Any]]]) -> list[Requests]:
-    """The split's requests by type, tokenised."""
+    """The items' requests by type, tokenised."""
     by_kind: dict[str, Requests] = {}
     for rows in documents.values():
         # lm-eval's own order within a task, so that batches are composed as lm-eval composes them.
@@ -265,49 +277,16 @@ def _tokens(lm: Any, instance: Any) -> list[tuple[Any, list[int], list[int]]]:
     return []
 
 
-def _parts(
-    genome: Genome, tasks: dict[str, Any], groups: dict[str, Any], sizes: dict[str, int]
-) -> list[Part]:
-    """The terms of the score, with groups spread over their tasks as lm-eval averages them."""
-    terms: list[tuple[str, str, float]] = []
-    for spec in genome.tasks:
-        if spec.name in groups:
-            shares = _shares(groups[spec.name], spec.metric, sizes)
-            terms += [(name, spec.metric, spec.weight * share) for name, share in shares.items()]
-        else:
-            terms.append((spec.name, spec.metric, spec.weight))
-    names = [name for name, _, _ in terms]
-    parts = []
-    for name, full_metric, weight in terms:
-        metric, filter_name = split_metric(full_metric)
-        key = name if names.count(name) == 1 else f"{name}/{full_metric}"
-        higher = True if metric in GOLD_METRICS else tasks[name].higher_is_better().get(metric, True)
-        direction = genome.search.direction
-        parts.append(Part(key, name, metric, filter_name, abs(weight), sign(weight, higher, direction)))
-    return parts
-
-
-def _shares(group: Any, full_metric: str, sizes: dict[str, int]) -> dict[str, float]:
-    """Each task's share in a group's mean of a metric: by size or equal, as the group says."""
-    metric, _ = split_metric(full_metric)
-    names = [task.task_name for task in group.get_all_tasks()]
-    for aggregated in group.aggregate_metric_list or []:
-        if aggregated.metric == metric:
-            weights = {name: sizes[name] if aggregated.weight_by_size else 1 for name in names}
-            total = sum(weights.values())
-            return {name: weight / total for name, weight in weights.items()}
-    raise GenomeError(
-        f"`tasks` asks the group {group.name!r} for {full_metric!r}, which it does not aggregate; "
-        "name its tasks."
-    )
+def _fingerprint(requests: list[Requests]) -> str:
+    digest = hashlib.sha256()
+    for sweep in requests:
+        for instance in sweep.instances:
+            digest.update(repr((sweep.kind, instance.task_name, instance.args)).encode())
+        digest.update(repr([tokens[1:] for tokens in sweep.tokens]).encode())
+    return digest.hexdigest()
 
 
 def fingerprint(plan: Plan) -> str:
     """SHA-256 of every request in every split, so that a resumed run can tell whether its prompts changed."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for requests in plan.requests[split]:
-            for instance in requests.instances:
-                digest.update(repr((split, requests.kind, instance.task_name, instance.args)).encode())
-            digest.update(repr([tokens[1:] for tokens in requests.tokens]).encode())
-    return digest.hexdigest()
+    parts = [(split, segment.fingerprint) for split in SPLITS for segment in plan.segments[split]]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

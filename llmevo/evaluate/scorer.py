@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from llmevo.errors import StageError
+from llmevo.evaluate.answers import Answers
 from llmevo.evaluate.measures import gold, per_item
-from llmevo.evaluate.plan import SPLITS, Part, Plan, Requests, build_plan, fingerprint, quiet
+from llmevo.evaluate.parts import Part
+from llmevo.evaluate.plan import SPLITS, Plan, Segment, build_plan, fingerprint, quiet
 from llmevo.evaluate.tasks import GOLD_METRICS
 from llmevo.trial import Score, standard_error
 
 if TYPE_CHECKING:
     import torch
 
+    from llmevo.evaluate.cache import AnswerCache
     from llmevo.genome import Genome
     from llmevo.trial import Split
 
 _Raw: TypeAlias = dict[tuple[str, str], list[Any]]  # by (metric, filter), in stored item order
-_SEED = 1234  # of sampled generations; lm-eval's own default
 _CPU_BATCH = 16
 _CPU_BYTES = 2 << 30
 _GPU_SHARE = 0.3
@@ -47,20 +49,35 @@ class Evaluator:
         model: The resident transformers model; its weights may change, its modules may not.
         tokenizer: The model's tokenizer.
         device: Where the model is.
+        cache: Where answers are kept beyond this process; None for nowhere.
+
+    Attributes:
+        last: How many items the last evaluation `scored`, and how many it had `cached`.
 
     Raises:
         GenomeError: A task cannot be loaded or lacks the metric, or the tokenizer lacks a chat template.
     """
 
-    def __init__(self, genome: Genome, model: Any, tokenizer: Any, *, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        genome: Genome,
+        model: Any,
+        tokenizer: Any,
+        *,
+        device: torch.device | str,
+        cache: AnswerCache | None = None,
+    ) -> None:
         import torch
-        from lm_eval.models.huggingface import HFLM
 
+        from llmevo.evaluate.lm import ResidentLM
+
+        self.last = {"scored": 0, "cached": 0}
         spec = genome.evaluate
         self._device = torch.device(device)
         self._direction = genome.search.direction
         with quiet():
-            self._lm = HFLM(
+            self._lm = ResidentLM(
+                reference=spec.reference,
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=spec.batch_size or 1,
@@ -71,29 +88,56 @@ class Evaluator:
             self._lm.batch_size_per_gpu = self._plan.batch_size = _batch_size(self._plan, model, self._device)
         self._golds = {name: _golds(task, self._plan, name) for name, task in self._plan.tasks.items()}
         self._fingerprint = fingerprint(self._plan)
+        self._answers = Answers(self._lm, self._device, cache)
 
-    def evaluate(self, split: Split) -> tuple[Score, dict[str, dict[str, float]]]:
+    def evaluate(
+        self, split: Split, *, rung: int | None = None, weights: str | None = None
+    ) -> tuple[Score, dict[str, dict[str, float]]]:
         """Score the model's weights as they are now.
 
         Args:
             split: `search`, or the items that the search never sees.
+            rung: Score only the items up to this rung, an index into `describe()["rungs"]`; None for all.
+            weights: The identity of the weights. Answers are kept under it, and those that are kept are not
+                asked again; None to ask everything and keep nothing.
 
         Returns:
             The score, and every metric that lm-eval computes by task, named as lm-eval names them
-            (`acc,none`); multiple-choice tasks have `gold_logprob,none` and `gold_margin,none` besides.
+            (`acc,none`). Multiple-choice tasks have `gold_logprob,none` and `gold_margin,none` besides;
+            tasks that generate have the shares `truncated` (no stop within `max_gen_toks`) and `unparsed`
+            (nothing left by the filter) for each filter.
 
         Raises:
             StageError: The split has no items, logits are not finite, or a metric fails or is not there.
         """
-        if not self._plan.requests[split]:
+        segments = self._segments(split, rung)
+        if not any(segment.requests for segment in segments):
             raise StageError(
                 "evaluate", f"no items are in the split {split!r}; `evaluate.holdout` must be > 0."
             )
+        self.last = {"scored": 0, "cached": 0}
         with quiet():
-            self._answer(self._plan.requests[split])
-            raw = {name: self._raw(name, split) for name in self._plan.tasks}
+            for segment in segments:
+                asked = self._answers.give(segment, weights)
+                self.last["scored" if asked else "cached"] += segment.items
+            raw = {
+                name: self._raw(name, [row for segment in segments for row in segment.documents[name]])
+                for name in self._plan.tasks
+            }
             metrics = {name: _aggregate(self._plan.tasks[name], values) for name, values in raw.items()}
             return self._score(raw, metrics), metrics
+
+    def known(self, split: Split, rung: int | None, weights: str) -> bool:
+        """Whether `evaluate` with these arguments needs no model: it may then hold any weights."""
+        return all(self._answers.known(segment, weights) for segment in self._segments(split, rung))
+
+    def _segments(self, split: Split, rung: int | None) -> list[Segment]:
+        segments = self._plan.segments[split]
+        if rung is None or split != "search":
+            return segments
+        if not 0 <= rung < len(segments):
+            raise StageError("evaluate", f"`rung` must be within 0..{len(segments) - 1}, but got {rung}.")
+        return segments[: rung + 1]
 
     def _score(self, raw: dict[str, _Raw], metrics: dict[str, dict[str, float]]) -> Score:
         """The sum over the terms, with its standard error and items."""
@@ -118,7 +162,8 @@ class Evaluator:
         """Facts for the run's record, as JSON.
 
         `items` by task and split, `weights` and `signs` by term of the score, `batch_size`, `chat_template`,
-        `fewshot` by task, `truncated` requests by split, and `fingerprint`, which changes with any prompt.
+        `fewshot` by task, `truncated` requests by split, `rungs` (items by task that each rung of the search
+        has, the last one all), and `fingerprint`, which changes with any prompt.
         """
         plan = self._plan
         longest = self._lm.max_length + 1
@@ -130,59 +175,17 @@ class Evaluator:
             "chat_template": plan.chat_template,
             "fewshot": {name: task.get_config("num_fewshot") for name, task in plan.tasks.items()},
             "truncated": {
-                s: sum(len(t[1]) + len(t[2]) > longest for r in plan.requests[s] for t in r.tokens)
+                s: sum(len(t[1]) + len(t[2]) > longest for r in plan.requests(s) for t in r.tokens)
                 for s in SPLITS
             },
+            "rungs": [dict(rung) for rung in plan.rungs],
             "fingerprint": self._fingerprint,
         }
 
-    def _answer(self, sweeps: Sequence[Requests]) -> None:
-        """Run every request and hang the answers on lm-eval's instances."""
-        for requests in sweeps:
-            for instance in requests.instances:
-                # lm-eval appends: a second evaluation would be scored on the first one's answers.
-                instance.resps, instance.filtered_resps = [], {}
-        for requests in sweeps:
-            answers: Sequence[Any]
-            if requests.kind == "generate_until":
-                answers = self._generate(requests)
-            else:
-                answers = self._likelihoods(requests)
-            for instance, answer in zip(requests.instances, answers, strict=True):
-                instance.resps.append(answer)
-
-    def _likelihoods(self, requests: Requests) -> list[Any]:
-        run = self._lm._loglikelihood_tokens
-        if requests.kind == "loglikelihood":
-            answers = run(requests.tokens, disable_tqdm=True)
-        else:
-            # HFLM sends windows through one batch at a time; sorting them all first would pad differently.
-            size = self._lm.batch_size
-            answers = []
-            for start in range(0, len(requests.tokens), size):
-                answers += run(requests.tokens[start : start + size], disable_tqdm=True)
-        if not all(math.isfinite(likelihood) for likelihood, _ in answers):
-            raise StageError("evaluate", "the model's logits are not finite.")
-        if requests.kind == "loglikelihood":
-            return list(answers)
-        totals = [0.0] * len(requests.instances)
-        for owner, (likelihood, _) in zip(requests.owners, answers, strict=True):
-            totals[owner] += likelihood
-        return totals
-
-    def _generate(self, requests: Requests) -> list[str]:
-        import torch
-
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), _finite_logits(self._lm.model):
-            torch.manual_seed(_SEED)
-            texts: list[str] = self._lm.generate_until(requests.instances, disable_tqdm=True)
-        return texts
-
-    def _raw(self, name: str, split: Split) -> _Raw:
-        """Raw values by (metric, filter) in stored item order."""
-        task, rows = self._plan.tasks[name], self._plan.documents[split][name]
-        # Filters run over a task's instances, which are those of one split at a time.
+    def _raw(self, name: str, rows: list[list[Any]]) -> _Raw:
+        """Raw values by (metric, filter) of these items, in stored order."""
+        task = self._plan.tasks[name]
+        # Filters run over a task's instances, which are those of one evaluation at a time.
         task._instances = [instance for instances in rows for instance in instances]
         task.apply_filters()
         raw: _Raw = {}
@@ -191,6 +194,10 @@ class Evaluator:
                 responses = [instance.filtered_resps[filter_name] for instance in instances]
                 for metric, value in task.process_results(instances[0].doc, responses).items():
                     raw.setdefault((metric, filter_name), []).append(value)
+                if task.OUTPUT_TYPE == "generate_until":
+                    cut = self._answers.cut(instances)
+                    raw.setdefault(("truncated", filter_name), []).append(cut)
+                    raw.setdefault(("unparsed", filter_name), []).append(_unparsed(responses))
             golds = self._golds[name].get(instances[0].doc_id)
             if golds is not None:
                 likelihoods = [instance.resps[0][0] for instance in instances[: golds[1]]]
@@ -205,7 +212,7 @@ def _golds(task: Any, plan: Plan, name: str) -> dict[int, tuple[list[int], int]]
         return {}
     golds = {}
     for split in SPLITS:
-        for instances in plan.documents[split][name]:
+        for instances in plan.items(split)[name]:
             doc = instances[0].doc
             choices = task.doc_to_choice(doc)
             right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
@@ -215,6 +222,12 @@ def _golds(task: Any, plan: Plan, name: str) -> dict[int, tuple[list[int], int]]
             if valid:
                 golds[instances[0].doc_id] = (valid, len(choices))
     return golds
+
+
+def _unparsed(responses: Sequence[Any]) -> float:
+    """1 where a filter left nothing of an answer, or what lm-eval's regex filters put for no match."""
+    firsts = [r[0] if isinstance(r, (list, tuple)) and r else r for r in responses]
+    return float(any(not isinstance(r, str) or r.strip() in ("", "[invalid]") for r in firsts))
 
 
 def _aggregation(task: Any, metric: str) -> Callable[[Sequence[Any]], float]:
@@ -247,26 +260,6 @@ def _values(part: Part, raw: _Raw) -> list[Any]:
         raise StageError("evaluate", reason) from None
 
 
-@contextlib.contextmanager
-def _finite_logits(model: Any) -> Iterator[None]:
-    """Raise StageError at the first forward pass whose last logits are NaN or infinite.
-
-    Greedy decoding picks some token from NaN logits without complaint, and the garbage would be scored.
-    """
-
-    def check(_module: Any, _inputs: Any, output: Any) -> None:
-        # A model may mask tokens with -inf; only NaN and +inf say that the weights are broken.
-        last = output.logits[:, -1]
-        if bool(last.isnan().any()) or bool(last.isposinf().any()):
-            raise StageError("evaluate", "the model's logits are not finite.")
-
-    hook = model.register_forward_hook(check)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def _batch_size(plan: Plan, model: Any, device: torch.device) -> int:
     """Requests per forward pass, a power of two: as many as the logits of the longest request leave room for.
 
@@ -275,7 +268,7 @@ def _batch_size(plan: Plan, model: Any, device: torch.device) -> int:
     """
     import torch
 
-    lengths = [len(t[1]) + len(t[2]) for split in SPLITS for r in plan.requests[split] for t in r.tokens]
+    lengths = [len(t[1]) + len(t[2]) for split in SPLITS for r in plan.requests(split) for t in r.tokens]
     one = max(lengths, default=1) * model.config.get_text_config().vocab_size * 8
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
