@@ -12,7 +12,7 @@ import numpy as np
 from llmevo.errors import ProposerError, TrialError
 from llmevo.proposers import Direction, Proposer, make
 from llmevo.space import Space, Value
-from llmevo.trial import Proposal, Score, State, Trial
+from llmevo.trial import Proposal, Score, State, Trial, best
 
 _FAILURES_IN_A_ROW = 20
 _CONVERGED_TRIALS = 30
@@ -84,12 +84,8 @@ class Optimizer:
 
     @property
     def best(self) -> Trial | None:
-        """The complete trial with the best value (the earliest of equals), or None."""
-        complete = [trial for trial in self._trials if trial.score is not None]
-        if not complete:
-            return None
-        sign = 1.0 if self.direction == "maximize" else -1.0
-        return max(complete, key=lambda trial: (sign * _value(trial), -trial.number))
+        """The complete trial that stands highest (see `trial.ranked`), or None."""
+        return best(self._trials, self.direction)
 
     def enqueue(
         self,
@@ -240,11 +236,6 @@ class Optimizer:
             if float(np.ptp(units, axis=0).max()) < _CONVERGED_WIDTH:
                 reasons["converged"] = f"the last {len(recent)} trials are the same point"
         return reasons
-
-
-def _value(trial: Trial) -> float:
-    assert trial.score is not None
-    return trial.score.value
 
 
 def _score(value: Any) -> tuple[Score | None, str | None]:

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Protocol, final
 
 from llmevo.errors import ProposerError
-from llmevo.trial import Direction, Score, State, Trial, difference_error
+from llmevo.trial import Direction, Score, State, Trial, improvement, standing
 
 
 class Strength(Protocol):
@@ -34,7 +34,9 @@ class Successes:
     """For each batch after the first scored one, the share of its trials that beat the incumbent.
 
     A trial beats it by more than `z` standard errors of the difference. A failed trial does not; a batch
-    without a finished trial is left out. The best of those that beat it is the next incumbent.
+    without a finished trial is left out. The best of those that beat it is the next incumbent. A trial that
+    dropped out on fewer items counts by the items that it answered, but is never the incumbent of one that
+    answered more: it beats it on what both answered, and how it would have gone on is unknown.
 
     The rates are a function of the history alone. What is kept from the last call is a shortcut: batches that
     are finished and stand at the same place with the same trials are not compared again.
@@ -77,22 +79,18 @@ class Successes:
 
     def _step(self, batch: Sequence[Trial], incumbent: Score | None) -> tuple[float | None, Score | None]:
         """The rate of one batch, or None, and the incumbent after it."""
-        sign = 1.0 if self._direction == "maximize" else -1.0
         finished = [trial for trial in batch if trial.state is not State.PENDING]
         scores = [trial.score for trial in finished if trial.score is not None]
         if incumbent is None:
-            return None, max(scores, key=lambda score: sign * score.value, default=None)
+            return None, _highest(scores, None, self._direction)
         if not finished:
             return None, incumbent
-        better = [score for score in scores if _beats(score, incumbent, sign, self._z)]
-        return len(better) / len(finished), max(
-            better, key=lambda score: sign * score.value, default=incumbent
-        )
+        better = [score for score in scores if _beats(score, incumbent, self._direction, self._z)]
+        return len(better) / len(finished), _highest(better, incumbent, self._direction)
 
 
 def improvements(trials: Sequence[Trial], direction: Direction) -> list[bool]:
     """For each trial, whether it beat the incumbent of its batch's beginning by more than the noise."""
-    sign = 1.0 if direction == "maximize" else -1.0
     won: list[bool] = []
     incumbent: Score | None = None
     for _, group in groupby(trials, key=lambda trial: trial.batch):
@@ -102,16 +100,24 @@ def improvements(trials: Sequence[Trial], direction: Direction) -> list[bool]:
             known = [score for score in scores if score is not None]
         else:
             before = incumbent
-            better = [score is not None and _beats(score, before, sign, 1.0) for score in scores]
+            better = [score is not None and _beats(score, before, direction, 1.0) for score in scores]
             won += better
             known = [score for score, hit in zip(scores, better, strict=True) if hit and score is not None]
-        incumbent = max(known, key=lambda score: sign * score.value, default=incumbent)
+        incumbent = _highest(known, incumbent, direction)
     return won
 
 
-def _beats(score: Score, incumbent: Score, sign: float, z: float) -> bool:
-    gain = sign * (score.value - incumbent.value)
-    return gain > 0 and gain > z * difference_error(score, incumbent)
+def _beats(score: Score, incumbent: Score, direction: Direction, z: float) -> bool:
+    gain, error = improvement(score, incumbent, direction)
+    return gain > 0 and gain > z * error
+
+
+def _highest(scores: Sequence[Score], incumbent: Score | None, direction: Direction) -> Score | None:
+    """The next incumbent: the best of `scores`, unless the present one rests on more items."""
+    found = max(scores, key=lambda score: standing(score, direction), default=None)
+    if found is None or incumbent is None:
+        return found or incumbent
+    return found if standing(found, direction) > standing(incumbent, direction) else incumbent
 
 
 def _check(rule: str, **values: float) -> None:

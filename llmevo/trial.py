@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias, final
@@ -33,16 +33,20 @@ class Score:
         value: The fitness: finite, in the direction that the optimizer was told.
         stderr: One standard error of `value`, or None if it is unknown.
         items: Per-item scores by task, in the run's stored item order.
+        rung: Which of the run's cumulative prefixes of the items it rests on; None for all items.
 
     Raises:
-        TrialError: `value` is not finite, or `stderr` is negative or not finite.
+        TrialError: `value` is not finite, `stderr` is negative or not finite, or `rung` is negative.
     """
 
     value: float
     stderr: float | None = None
     items: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    rung: int | None = None
 
     def __post_init__(self) -> None:
+        if self.rung is not None and self.rung < 0:
+            raise TrialError(f"`rung` must be >= 0, or None for all items, but got {self.rung!r}.")
         if not math.isfinite(self.value):
             raise TrialError(f"`value` must be finite, but got {self.value!r}.")
         if self.stderr is not None and not (math.isfinite(self.stderr) and self.stderr >= 0):
@@ -64,12 +68,26 @@ class Score:
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `from_json` gives an equal Score back."""
         items = {task: list(values) for task, values in self.items.items()}
-        return {"value": self.value, "stderr": self.stderr, "items": items}
+        return {"value": self.value, "stderr": self.stderr, "items": items, "rung": self.rung}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Score:
-        """The Score that `to_json` wrote."""
-        return cls(data["value"], data["stderr"], dict(data["items"]))
+        """The Score that `to_json` wrote; in runs older than rungs, every score rests on all items."""
+        return cls(data["value"], data["stderr"], dict(data["items"]), data.get("rung"))
+
+    @property
+    def count(self) -> int:
+        """How many items it rests on; several terms of one task (`task/metric`) share the task's items."""
+        return sum({key.partition("/")[0]: len(values) for key, values in self.items.items()}.values())
+
+
+def standing(score: Score, direction: Direction) -> tuple[float, float]:
+    """What orders scores, as a key of which more is better: first the rung, then the value.
+
+    A few items flatter whoever was lucky on them, so a score on fewer items never stands above one on more.
+    """
+    sign = 1.0 if direction == "maximize" else -1.0
+    return math.inf if score.rung is None else score.rung, sign * score.value
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -79,6 +97,24 @@ def standard_error(values: Sequence[float]) -> float | None:
         return None
     mean = math.fsum(values) / count
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+def improvement(first: Score, second: Score, direction: Direction) -> tuple[float, float]:
+    """By how much `first` is better than `second`, and the standard error of that; 0.0 while it is unknown.
+
+    Scores on the same rung are compared by value. Scores on different rungs are compared item by item on what
+    both answered, tasks weighing the same; without items in common nothing is known of their difference.
+    """
+    if first.rung == second.rung:
+        sign = 1.0 if direction == "maximize" else -1.0
+        return sign * (first.value - second.value), difference_error(first, second)
+    gain = variance = 0.0
+    for task in first.items.keys() & second.items.keys():
+        gaps = [a - b for a, b in zip(first.items[task], second.items[task], strict=False)]
+        if gaps:
+            gain += math.fsum(gaps) / len(gaps)
+            variance += (standard_error(gaps) or 0.0) ** 2
+    return gain, math.sqrt(variance)
 
 
 def difference_error(first: Score, second: Score) -> float:
@@ -174,3 +210,19 @@ class Trial:
         """The Trial that `to_json` wrote."""
         score = None if data["score"] is None else Score.from_json(data["score"])
         return cls(**{**data, "state": State(data["state"]), "score": score})
+
+
+def ranked(trials: Iterable[Trial], direction: Direction) -> list[Trial]:
+    """The complete trials, best first: by rung, then by value, of equals the earlier one.
+
+    Everything that says which trial is better says it by this order.
+    """
+    scored = [(standing(trial.score, direction), trial) for trial in trials if trial.score is not None]
+    scored.sort(key=lambda pair: (-pair[0][0], -pair[0][1], pair[1].number))
+    return [trial for _, trial in scored]
+
+
+def best(trials: Iterable[Trial], direction: Direction) -> Trial | None:
+    """The first of `ranked`, or None."""
+    scored = [(standing(trial.score, direction), -trial.number, trial) for trial in trials if trial.score]
+    return max(scored, key=lambda entry: entry[:2])[2] if scored else None

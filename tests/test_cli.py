@@ -365,6 +365,7 @@ def test_the_live_table_fits_and_ends_clean(tmp_path: Path) -> None:
 
     class Watcher:
         started, note, asked, ended = display.started, display.note, display.asked, display.ended
+        sifted = display.sifted
 
         def finished(self, trial: Any, best: Any) -> None:
             finish(trial, best)

@@ -74,6 +74,7 @@ class Recorder:
         self.info: RunInfo | None = None
         self.notes: list[str] = []
         self.batches: list[int] = []
+        self.sifts: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
         self.trials: list[Trial] = []
         self.best: list[int] = []
         self.summary: RunSummary | None = None
@@ -88,6 +89,9 @@ class Recorder:
     def asked(self, trials: Sequence[Trial], seconds: float) -> None:
         assert seconds >= 0
         self.batches.append(len(trials))
+
+    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+        self.sifts.append((items, tuple(entered), tuple(kept)))
 
     def finished(self, trial: Trial, best: Trial | None) -> None:
         self.trials.append(trial)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmevo import Score, State, Trial, TrialError
-from llmevo.trial import difference_error, standard_error
+from llmevo.trial import best, difference_error, improvement, ranked, standard_error, standing
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 json_values = st.recursive(
@@ -26,6 +26,7 @@ scores = st.builds(
     finite,
     st.none() | st.floats(0, 1e9),
     st.dictionaries(st.text(max_size=5), st.lists(finite, max_size=5), max_size=3),
+    st.none() | st.integers(0, 4),
 )
 params = st.dictionaries(
     st.text(min_size=1, max_size=5), st.none() | st.booleans() | st.integers() | finite | st.text(max_size=4)
@@ -137,3 +138,52 @@ def test_equal_tasks_are_paired_task_by_task() -> None:
         )
     )
     assert difference_error(first, second) == pytest.approx(exact)
+
+
+def test_a_score_of_before_there_were_rungs_rests_on_all_items() -> None:
+    old = {"value": 0.5, "stderr": None, "items": {"t": [0.0, 1.0]}}
+    assert Score.from_json(old) == Score(0.5, None, {"t": [0.0, 1.0]}, rung=None)
+    with pytest.raises(TrialError, match="rung"):
+        Score(0.5, rung=-1)
+
+
+def test_terms_of_one_task_share_its_items() -> None:
+    assert Score(0.5, items={"t/acc": [1, 0], "t/acc_norm": [1, 1], "u": [0]}).count == 3
+
+
+@given(st.lists(st.tuples(st.none() | st.integers(0, 3), st.sampled_from([0.0, 0.25, 1.0]) | finite)))
+def test_trials_are_ordered_by_rung_then_score_then_number(entries: list[tuple[int | None, float]]) -> None:
+    history = [
+        Trial(number, {"x": 0.0}, "o", State.COMPLETE, score=Score(value, rung=rung))
+        for number, (rung, value) in enumerate(entries)
+    ]
+    history.append(Trial(len(history), {"x": 0.0}, "o", State.FAILED, error="e"))
+    for direction, sign in (("maximize", 1.0), ("minimize", -1.0)):
+        order = ranked(history[::-1], direction)  # type: ignore[arg-type]
+        keys = [
+            (math.inf if t.score.rung is None else t.score.rung, sign * t.score.value, -t.number)
+            for t in order
+            if t.score is not None
+        ]
+        assert keys == sorted(keys, reverse=True)
+        assert len(set(keys)) == len(entries)  # total: no two trials are equal
+        assert best(history, direction) is (order[0] if order else None)  # type: ignore[arg-type]
+
+
+def test_a_lucky_score_on_few_items_stands_below_one_on_all() -> None:
+    few, all_items = Score(0.9, rung=0), Score(0.5)
+    assert standing(few, "maximize") < standing(all_items, "maximize")
+    assert standing(Score(0.1, rung=0), "minimize") < standing(all_items, "minimize")
+    assert standing(few, "maximize") < standing(Score(0.2, rung=1), "maximize")
+
+
+def test_scores_on_different_rungs_are_compared_on_the_items_of_both() -> None:
+    whole = Score(0.5, 0.1, {"t": [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]})
+    few = Score(0.75, 0.2, {"t": [1.0, 1.0, 0.0, 1.0]}, rung=0)
+    gain, error = improvement(few, whole, "maximize")
+    assert gain == pytest.approx(0.25)
+    assert error == pytest.approx(0.25)  # of the differences 0, 1, 0, 0
+    assert improvement(whole, few, "maximize")[0] == pytest.approx(-0.25)
+    assert improvement(Score(0.9, rung=0), whole, "maximize") == (0.0, 0.0)  # nothing in common
+    other = Score(0.75, 0.1, {"t": [1.0, 1.0, 1.0, 1.0, 0.0, 0.5]})
+    assert improvement(other, whole, "minimize") == (-0.25, difference_error(other, whole))

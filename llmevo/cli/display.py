@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO, TypeAlias, final
 
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from llmevo.report.findings import duration, number, signed, trial_json
 from llmevo.runner.observer import Observer, RunInfo, RunSummary
-from llmevo.trial import State, Trial
+from llmevo.trial import State, Trial, best
 
 Choice: TypeAlias = Literal["auto", "rich", "plain", "json", "none"]
 
@@ -43,12 +43,25 @@ def trial_seconds(trial: Trial) -> float:
     return sum(value for value in trial.cost.values() if isinstance(value, float))
 
 
-def score_text(trial: Trial) -> str:
-    """A trial's score with its standard error, or why there is none."""
-    if trial.score is None:
+def score_text(trial: Trial, items: int = 0) -> str:
+    """A trial's score with its standard error and, where they are not all, its items; or why there is none.
+
+    Args:
+        trial: The trial.
+        items: How many a score on all items rests on; 0 if unknown.
+    """
+    score = trial.score
+    if score is None:
         return trial.error or "pending"
-    error = trial.score.stderr
-    return number(trial.score.value) + ("" if error is None else f" ± {number(error)}")
+    text = number(score.value) + ("" if score.stderr is None else f" ± {number(score.stderr)}")
+    if score.rung is None:
+        return text
+    return f"{text} ({score.count} of {items} items)" if items else f"{text} ({score.count} items)"
+
+
+def all_items(trials: Iterable[Trial]) -> int:
+    """How many items a score on all items rests on; 0 while there is none."""
+    return next((t.score.count for t in trials if t.score is not None and t.score.rung is None), 0)
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
@@ -132,6 +145,11 @@ class PlainDisplay:
         origins = ", ".join(dict.fromkeys(trial.origin for trial in trials))
         self._say(f"asked {len(trials)} in {duration(seconds)}: {origins}")
 
+    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+        """Say who goes on."""
+        names = ", ".join(f"#{number}" for number in kept) or "none"
+        self._say(f"after {items} items {len(kept)} of {len(entered)} go on: {names}")
+
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """Say what the trial scored."""
         self._clock.tick()
@@ -183,6 +201,10 @@ class JsonDisplay:
         """`asked`: trials, seconds."""
         self._say("asked", trials=[trial_json(trial) for trial in trials], seconds=seconds)
 
+    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+        """`sifted`: items, entered, kept (numbers)."""
+        self._say("sifted", items=items, entered=list(entered), kept=list(kept))
+
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """`finished`: trial, best (a number)."""
         self._say("finished", trial=trial_json(trial), best=None if best is None else best.number)
@@ -207,6 +229,9 @@ class NoDisplay:
     def asked(self, trials: Sequence[Trial], seconds: float) -> None:
         """Nothing."""
 
+    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+        """Nothing."""
+
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """Nothing."""
 
@@ -228,24 +253,17 @@ class RichDisplay:
         self._info: RunInfo | None = None
         self._clock = _Clock(time.monotonic(), 0, 0)
         self._trials: dict[int, Trial] = {}
+        self._answered: dict[int, int] = {}  # items, by trial that is not at its end
         self._best: Trial | None = None
 
     def started(self, info: RunInfo) -> None:
         """Start the table."""
         self._info, self._clock = info, _clock(info)
         self._trials = {trial.number: trial for trial in info.trials}
-        self._best = self._best_of(info.trials)
+        self._best = best(info.trials, info.genome.search.direction)
         self._console.print(escape(_opening(info)), style="bold", highlight=False)
         self._live = Live(console=self._console, get_renderable=self._view, refresh_per_second=4)
         self._live.start()
-
-    def _best_of(self, trials: Sequence[Trial]) -> Trial | None:
-        assert self._info is not None
-        scored = [(trial.score.value, trial) for trial in trials if trial.score is not None]
-        if not scored:
-            return None
-        pick = max if self._info.genome.search.direction == "maximize" else min
-        return pick(scored, key=lambda pair: pair[0])[1]
 
     def note(self, line: str) -> None:
         """Print the line above the table."""
@@ -254,6 +272,10 @@ class RichDisplay:
     def asked(self, trials: Sequence[Trial], seconds: float) -> None:
         """Show the new trials as pending."""
         self._trials |= {trial.number: trial for trial in trials}
+
+    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+        """Show who goes on as such."""
+        self._answered |= dict.fromkeys(entered, items)
 
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """Show the result."""
@@ -312,4 +334,7 @@ class RichDisplay:
             same = trial.number == self._best.number
             gap = "best" if same else signed(trial.score.value - self._best.score.value)
         spent = "" if trial.state is State.PENDING else duration(trial_seconds(trial))
-        return str(trial.number), escape(trial.origin), escape(score_text(trial)), gap, spent
+        text = score_text(trial, all_items(self._trials.values()))
+        if trial.state is State.PENDING and trial.number in self._answered:
+            text = f"{self._answered[trial.number]} items so far"
+        return str(trial.number), escape(trial.origin), escape(text), gap, spent

@@ -14,13 +14,16 @@ class RecordedExecutor:
     """Answers each job with what a run recorded of it; computes nothing.
 
     Args:
-        outcomes: By split and trial number. A job without one gets an Outcome with `error`.
+        outcomes: By split, trial number and rung (None for all items). A job without one gets an Outcome with
+            `error`.
         facts: What the run's pipeline said of itself.
     """
 
     workers = 1
 
-    def __init__(self, outcomes: Mapping[tuple[Split, int], Outcome], facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, outcomes: Mapping[tuple[Split, int, int | None], Outcome], facts: Mapping[str, Any]
+    ) -> None:
         self._outcomes = outcomes
         self._facts = facts
 
@@ -32,7 +35,7 @@ class RecordedExecutor:
         """The recorded outcome, at once."""
         done: Future[Outcome] = Future()
         missing = Outcome(job.number, error="no outcome was recorded", stage="evaluate")
-        done.set_result(self._outcomes.get((job.split, job.number), missing))
+        done.set_result(self._outcomes.get((job.split, job.number, job.rung), missing))
         return done
 
     def shutdown(self, cancel: bool = False) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 
 from llmevo.llm.encode import LEVELS, encode_value, names
 from llmevo.space import Categorical, Int, Space
-from llmevo.trial import State, Trial
+from llmevo.trial import Direction, State, Trial
+from llmevo.trial import ranked as best_first
 
 _ENOUGH = 8  # trials before a trend is worth a word
 _TRENDS = 8
@@ -30,7 +31,7 @@ class Ranked:
     """A history in order of merit.
 
     Args:
-        complete: Complete trials, best first; of equals the earlier.
+        complete: Complete trials, best first, as `trial.ranked` orders them.
         failed: Failed trials, by number.
         last: Complete trials, by number.
     """
@@ -45,13 +46,11 @@ class Ranked:
         return self.complete[0] if self.complete else None
 
 
-def rank(trials: Sequence[Trial], direction: str) -> Ranked:
+def rank(trials: Sequence[Trial], direction: Direction) -> Ranked:
     """Order a history by merit; pending trials are left out."""
-    sign = 1.0 if direction == "maximize" else -1.0
     last = [trial for trial in trials if trial.state is State.COMPLETE]
-    complete = sorted(last, key=lambda trial: (-sign * (trial.value or 0.0), trial.number))
     failed = [trial for trial in trials if trial.state is State.FAILED]
-    return Ranked(complete, failed, last)
+    return Ranked(best_first(last, direction), failed, last)
 
 
 def digits(values: Sequence[float]) -> int:
@@ -72,9 +71,11 @@ def digest(space: Space, ranked: Ranked, strength: float | None = None) -> list[
         strength: The mutation strength in force, in the unit cube; None to say nothing of it.
     """
     lines = []
-    if ranked.best is not None:
-        values = [trial.value or 0.0 for trial in ranked.complete]
-        shown = f"{ranked.best.value:.{digits(values[:_ENOUGH])}g}"
+    if ranked.best is not None and ranked.best.score is not None:
+        rung = ranked.best.score.rung
+        alike = [t.score for t in ranked.complete if t.score is not None and t.score.rung == rung]
+        values = [score.value for score in alike]
+        shown = f"{ranked.best.score.value:.{digits(values[:_ENOUGH])}g}"
         since = sum(trial.number > ranked.best.number for trial in ranked.last)
         lines.append(f"Best score: {shown}, found {since} trials ago; the median is {np.median(values):.4g}.")
     if strength is not None:

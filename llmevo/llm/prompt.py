@@ -317,7 +317,10 @@ def _own(folder: Path) -> dict[str, str]:
 def _noise(ranked: Ranked, context: Context) -> str:
     score = ranked.best.score if ranked.best is not None else None
     noise = context.noise if context.noise is not None else (score.stderr if score is not None else None)
-    return f"One standard error of a score is {noise:.2g}: smaller differences mean little. " if noise else ""
+    text = f"One standard error of a score is {noise:.2g}: smaller differences mean little. " if noise else ""
+    if any(trial.score is not None and trial.score.rung is not None for trial in ranked.complete):
+        text += 'A result with "items" dropped out after that many items and ranks behind those on more. '
+    return text
 
 
 def _budget(trials: Sequence[Trial], context: Context) -> str:

@@ -49,7 +49,10 @@ def table(space: Space, meanings: Mapping[str, str]) -> str:
 def rows(
     space: Space, complete: Sequence[Trial], last: Sequence[Trial], *, tasks: bool, most: int = _BEST
 ) -> str:
-    """The best distinct points and the last ones, from worst to best, one JSON object a line."""
+    """The best distinct points and the last ones, from worst to best, one JSON object a line.
+
+    A score that does not rest on all items says on how many.
+    """
     chosen: list[tuple[int, Trial]] = []
     seen: set[str] = set()
     recent = {trial.number for trial in last[-_LAST:]}
@@ -65,6 +68,8 @@ def rows(
     lines = []
     for place, trial in reversed(chosen):
         row = f'{{"rank":{place},"score":{trial.value:.{precision}g}'
+        if trial.score is not None and trial.score.rung is not None:
+            row += f',"items":{trial.score.count}'
         if tasks and trial.score is not None and len(trial.score.items) > 1:
             means = {
                 name[:40]: round(sum(xs) / len(xs), 4) for name, xs in trial.score.items.items() if len(xs)

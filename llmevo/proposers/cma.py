@@ -18,7 +18,7 @@ from cmaes import CatCMAwM, SepCMA
 from llmevo.errors import ProposerError
 from llmevo.proposers import Direction
 from llmevo.space import Categorical, Gene, Int, Space, Vector
-from llmevo.trial import Proposal, State, Trial
+from llmevo.trial import Proposal, State, Trial, ranked
 
 _FULL_COVARIANCE = 100  # genes; above, the diagonal alone is adapted
 _GRID = 256  # values; a finer integer is searched as a continuum and rounded
@@ -112,7 +112,7 @@ class CMA:
         if not 0 < sigma0 <= 1:
             raise ProposerError(f"`0 < sigma0 <= 1` must hold for cma, but got {sigma0!r}.")
         self.space = space
-        self.sign = -1.0 if direction == "maximize" else 1.0  # cmaes minimises
+        self.direction: Direction = direction
         self.sigma0 = sigma0
         self._population = population
         self._axes = _Axes.of(space)
@@ -203,14 +203,13 @@ class CMA:
 
     def _tell(self, members: Sequence[Trial]) -> None:
         self._told += 1
-        finished = [member for member in members if member.score is not None]
-        if not finished:
+        best_first = ranked(members, self.direction)
+        if not best_first:
             return
-        best_first = sorted(finished, key=lambda trial: self.sign * trial.score.value)  # type: ignore[union-attr]
-        ranked = best_first + [member for member in members if member.score is None]
+        in_order = best_first + [member for member in members if member.score is None]
         # Ranks, not values: CMA-ES looks at nothing else, and CatCMAwM scales its penalty for leaving the
         # cube by the spread of the values, which is not defined when half of them are equal.
-        told = [(self._solution(trial), float(rank)) for rank, trial in enumerate(ranked)]
+        told = [(self._solution(trial), float(rank)) for rank, trial in enumerate(in_order)]
         if not self._update(told):
             self._search = self._begin(self.space.to_unit(best_first[0].params))
 

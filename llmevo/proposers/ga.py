@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, final
@@ -13,7 +12,7 @@ from llmevo.errors import ProposerError
 from llmevo.proposers import Direction
 from llmevo.space import Categorical, Gene, Params, Space, Vector
 from llmevo.strength import OneFifth, Strength
-from llmevo.trial import Proposal, State, Trial
+from llmevo.trial import Proposal, State, Trial, ranked
 
 _POPULATION = 8
 _TOURNAMENT = 3
@@ -100,9 +99,7 @@ class GA:
         return self._best([*self._top, *rest[settled:]]), self._keys | keys
 
     def _best(self, trials: Sequence[Trial]) -> list[Trial]:
-        sign = 1.0 if self.direction == "maximize" else -1.0
-        complete = [(-sign * t.score.value, t.number, t) for t in trials if t.score is not None]
-        return [trial for *_, trial in heapq.nsmallest(self.population, complete, key=lambda item: item[:2])]
+        return ranked(trials, self.direction)[: self.population]
 
     def _first(self, place: int, seen: set[str], rng: np.random.Generator) -> Params | None:
         """A point of the first generation."""

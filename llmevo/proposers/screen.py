@@ -17,7 +17,7 @@ import numpy as np
 
 from llmevo.proposers import Direction
 from llmevo.space import Categorical, Params, Space, Vector
-from llmevo.trial import State, Trial
+from llmevo.trial import State, Trial, standing
 
 _EVIDENCE = 2  # far points that must have been evaluated
 _AS_FAR = 0.8  # of the new point's distance
@@ -36,9 +36,8 @@ class Screen:
 
     def __init__(self, space: Space, direction: Direction, trials: Sequence[Trial]) -> None:
         self._space = space
-        sign = 1.0 if direction == "maximize" else -1.0
         finished = [trial for trial in trials if trial.state is not State.PENDING]
-        values = [-math.inf if trial.value is None else sign * trial.value for trial in finished]
+        values = _merits(finished, direction)
         own = [
             value
             for trial, value in zip(finished, values, strict=True)
@@ -84,3 +83,16 @@ class Screen:
             else:
                 parts.append(coordinate)
         return np.array(parts)
+
+
+def _merits(trials: Sequence[Trial], direction: Direction) -> list[float]:
+    """Numbers that order trials as `standing` does: signed values, those of a lower rung moved below."""
+    keys = [None if trial.score is None else standing(trial.score, direction) for trial in trials]
+    moved = {}
+    floor = math.inf
+    for rung in sorted({key[0] for key in keys if key is not None}, reverse=True):
+        values = [key[1] for key in keys if key is not None and key[0] == rung]
+        down = 0.0 if floor == math.inf else max(values) - floor + 1.0
+        moved[rung] = down
+        floor = min(values) - down
+    return [-math.inf if key is None else key[1] - moved[key[0]] for key in keys]

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmevo.proposers import Direction
 from llmevo.strength import improvements
-from llmevo.trial import State, Trial
+from llmevo.trial import State, Trial, standing
 
 FLOOR = 0.1
 _WINDOW = 10  # trials of the guest
@@ -69,7 +69,6 @@ def share_now(trials: Sequence[Trial], direction: Direction, start: float, floor
     """
     floor = min(floor, start)
     wins = improvements(trials, direction)
-    sign = 1.0 if direction == "maximize" else -1.0
     share = start
     guests: list[int] = []
     calls: list[list[bool]] = []
@@ -91,7 +90,7 @@ def share_now(trials: Sequence[Trial], direction: Direction, start: float, floor
         ]
         if not base:
             continue
-        behind = _behind(trials, wins, window, base, sign)
+        behind = _behind(trials, wins, window, base, direction)
         share = max(share * _STEP, floor) if behind else min(share / _STEP, start)
     repeated = [mark for call in calls[-_CALLS:] for mark in call]
     many = len(calls) >= _CALLS and 2 * sum(repeated) > len(repeated)
@@ -99,15 +98,20 @@ def share_now(trials: Sequence[Trial], direction: Direction, start: float, floor
 
 
 def _behind(
-    trials: Sequence[Trial], wins: Sequence[bool], guest: Sequence[int], base: Sequence[int], sign: float
+    trials: Sequence[Trial],
+    wins: Sequence[bool],
+    guest: Sequence[int],
+    base: Sequence[int],
+    direction: Direction,
 ) -> bool:
     """Whether the guest's trials win less often than the base's, or as often and rank lower."""
     first, second = (float(np.mean([wins[place] for place in who])) for who in (guest, base))
     if first != second:
         return first < second
-    scores = [
-        [-math.inf if (value := trials[place].value) is None else sign * value for place in who]
+    last = (-math.inf, -math.inf)
+    ranks = [
+        [last if (score := trials[place].score) is None else standing(score, direction) for place in who]
         for who in (guest, base)
     ]
-    above = np.mean([(a > b) + (a == b) / 2 for a in scores[0] for b in scores[1]])
+    above = np.mean([(a > b) + (a == b) / 2 for a in ranks[0] for b in ranks[1]])
     return bool(above < 0.5)

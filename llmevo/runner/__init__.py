@@ -8,16 +8,13 @@ an uninterrupted one, and so does a run with another number of workers.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
 from llmevo.errors import LLMContentError, ProposerError
 from llmevo.executors import Executor
-from llmevo.executors.local import LocalExecutor
 from llmevo.genome import Genome, yamltext
 from llmevo.llm.transcript import Recorder, Transcript
 from llmevo.optimizer import Optimizer
@@ -30,12 +27,12 @@ from llmevo.runner.observer import Observer as Observer
 from llmevo.runner.observer import Row as Row
 from llmevo.runner.observer import RunInfo as RunInfo
 from llmevo.runner.observer import RunSummary as RunSummary
+from llmevo.runner.rungs import Rungs, cost
 from llmevo.runner.signals import Interrupted, Stop
+from llmevo.runner.workers import LIMIT, Halt, Workers
 from llmevo.store import Store
 from llmevo.trial import State, Trial
 
-_POLL = 0.2  # seconds between looks at whether a second signal came
-_LIMIT = "the limit of this sitting is reached"
 _PATIENCE = 20  # failures in a row that end a sitting; the count of Optimizer.stop_reasons
 
 
@@ -76,11 +73,11 @@ def run(
     with store, Stop(observer.note) as stop:
         if moved is not None:
             observer.note(f"the earlier run was moved to {moved}")
-        workers = _Workers(genome, store, executor)
+        workers = Workers(genome, store, executor, stop, limit)
         try:
             if len(store.trials()) < genome.search.trials:
                 workers.start()  # their models load while this process reads the genome
-            ending = _Sitting(genome, store, observer, workers, stop, chat, limit).go()
+            ending = _Sitting(genome, store, observer, workers, stop, chat).go()
         except BaseException:
             workers.release(cancel=True)
             raise
@@ -91,64 +88,14 @@ def run(
     return summary
 
 
-def job_of(genome: Genome, trial: Trial, split: Split = "search") -> Job:
-    """The job that evaluates a trial.
+def job_of(genome: Genome, trial: Trial, split: Split = "search", rung: int | None = None) -> Job:
+    """The job that evaluates a trial: on the held-out items with mergekit's own arithmetic, as the export.
 
     All trials of a run share one seed: equal recipes give equal weights, DARE and DELLA masks are common
     random numbers across the search, and `mergekit-yaml --random-seed` finds the evaluated model again.
     """
-    return Job(trial.number, trial.params, genome.search.seed, split, trial.attrs.get("recipe"))
-
-
-class _Halt(Exception):
-    """The sitting ends before the run does."""
-
-    def __init__(self, exit_code: int, reason: str) -> None:
-        super().__init__(reason)
-        self.exit_code = exit_code
-        self.reason = reason
-
-
-@final
-class _Workers:
-    """The executor: the one given, or local processes that are started when there is something to do."""
-
-    def __init__(self, genome: Genome, store: Store, given: Executor | None) -> None:
-        self._genome = genome
-        self._store = store
-        self._executor = given
-        self._owned = given is None
-        self._checked = False
-
-    def start(self) -> Executor:
-        """The executor, perhaps still loading."""
-        if self._executor is None:
-            spec = self._genome.run
-            log = self._store.run_dir / "workers.log"
-            genome = opening.settled(self._genome, self._store)
-            self._executor = LocalExecutor(genome, spec.workers, spec.timeout, log=log)
-        return self._executor
-
-    def ready(self, stop: Stop) -> Executor:
-        """The executor with its first pipeline loaded, and the items that the run was scored on.
-
-        Raises:
-            GenomeError: The models or tasks cannot be loaded.
-            StoreError: The items are others.
-            Interrupted: A signal came.
-        """
-        executor = self.start()
-        if not self._checked:
-            with stop.interruptible():
-                facts = executor.describe()
-            opening.check_facts(self._store, facts)
-            self._checked = True
-        return executor
-
-    def release(self, cancel: bool) -> None:
-        """End the processes that were started here; those that are still loading are not waited for."""
-        if self._owned and self._executor is not None:
-            self._executor.shutdown(cancel=cancel or not self._checked)
+    recipe = trial.attrs.get("recipe")
+    return Job(trial.number, trial.params, genome.search.seed, split, recipe, rung, split == "holdout")
 
 
 @final
@@ -160,17 +107,15 @@ class _Sitting:
         genome: Genome,
         store: Store,
         observer: Observer,
-        workers: _Workers,
+        workers: Workers,
         stop: Stop,
         chat: Recorder | None,
-        limit: int | None,
     ) -> None:
         self.genome = genome
         self.store = store
         self.observer = observer
         self.stop = stop
         self._workers = workers
-        self._left = limit
         self._failed_in_a_row = 0
         layers = num_layers(genome)
         store.set_meta("layers", layers)  # a replay has no models to ask
@@ -221,16 +166,16 @@ class _Sitting:
             if self.optimizer.best is None:
                 return 1, f"no trial was completed; {self._last_error()}"
             self._score_finalists()
-        except _Halt as halt:
+        except Halt as halt:
             return halt.exit_code, halt.reason
         except Interrupted:
-            return self.stop.exit_code, self._stopped()
+            return self.stop.exit_code, self.stop.reason
         return 0, reason
 
     def _find_mode(self) -> None:
         """Ask the endpoint what it can do before the first trial, where there is anything left to ask it."""
         left = self.genome.search.trials > len(self.optimizer.trials)
-        if not isinstance(self._chat, Transcript) or not left or self._left == 0:
+        if not isinstance(self._chat, Transcript) or not left or self._workers.spent:
             return
         self._chat.asking(len(self.optimizer.trials))
         try:
@@ -240,14 +185,10 @@ class _Sitting:
             if self.genome.search.on_outage == "base":
                 self.observer.note(f"the language model does not serve now: {error}")
                 return
-            raise _Halt(3, f"the proposer cannot begin: {error}") from error
+            raise Halt(3, f"the proposer cannot begin: {error}") from error
         if found is not None:
             self.observer.note(found)
             self.store.log("mode", found=found)
-
-    def _stopped(self) -> str:
-        assert self.stop.signal is not None
-        return f"stopped by {self.stop.signal.name}"
 
     def _last_error(self) -> str:
         failed = [trial.error for trial in self.optimizer.trials if trial.error]
@@ -257,8 +198,7 @@ class _Sitting:
         """Batch after batch, first what an earlier sitting left over; return why there is no next one."""
         while True:
             if self._pending:
-                jobs = [job_of(self.genome, trial) for trial in self._pending.values()]
-                self._drive(jobs, self._arrived)
+                self._evaluate()
             reason = self._why_done()
             if reason is not None:
                 return reason
@@ -270,13 +210,13 @@ class _Sitting:
         total, budget = len(self.optimizer.trials), self.genome.search.trials
         if total >= budget:
             return f"all {budget} trials are done"
-        if self._left == 0:
-            raise _Halt(3, _LIMIT)
+        if self._workers.spent:
+            raise Halt(3, LIMIT)
         reasons = self.optimizer.stop_reasons()
         failing = reasons.pop("failing", None)
         # Only failures of this sitting count: whoever continues has perhaps mended the cause.
         if failing is not None and self._failed_in_a_row >= _PATIENCE:
-            raise _Halt(1 if self.optimizer.best is None else 3, failing)
+            raise Halt(1 if self.optimizer.best is None else 3, failing)
         return "; ".join(reasons.values()) or None
 
     def _ask(self) -> None:
@@ -293,7 +233,7 @@ class _Sitting:
         except ProposerError as error:
             if self._chat is not None and isinstance(error, LLMContentError):
                 self._chat.rejected()
-            raise _Halt(3, f"the proposer cannot go on: {error}") from error
+            raise Halt(3, f"the proposer cannot go on: {error}") from error
         seconds = time.perf_counter() - start
         if not asked:
             return
@@ -309,21 +249,62 @@ class _Sitting:
         }
         self.observer.asked(trials, seconds)
 
-    def _arrived(self, outcome: Outcome) -> None:
-        """Commit, then tell, then show."""
+    def _evaluate(self) -> None:
+        """Bring every pending trial to its end: references on all items at once, a batch by its rungs."""
+        rungs = Rungs.of(self._workers.facts(), self.genome.search)
+        whole = [t for t in self._pending.values() if rungs is None or t.number < len(self.references)]
+        self._workers.drive([job_of(self.genome, t) for t in whole], lambda outcome: self._finish([outcome]))
+        if rungs is not None and self._pending:
+            # A batch is asked when the one before is finished, so it is all that follows its first trial.
+            first = max(self.optimizer.trials[min(self._pending)].batch, len(self.references))
+            self._halve(rungs, range(first, len(self.optimizer.trials)))
+
+    def _halve(self, rungs: Rungs, numbers: Sequence[int]) -> None:
+        """Rung by rung; what an earlier sitting stored is not asked again."""
+        outcomes = self.store.rungs(numbers[0])
+
+        def told(number: int) -> list[Outcome]:
+            return [outcomes[key] for key in sorted(outcomes) if key[0] == number]
+
+        while True:
+            stage = rungs.stage(numbers, outcomes)
+            for number in sorted(stage.out.keys() & self._pending.keys()):
+                self._finish(told(number), stage.out[number])
+            jobs = [
+                job_of(self.genome, self._pending[number], rung=stage.rung)
+                for number in stage.missing
+                if number in self._pending
+            ]
+            rung = stage.rung
+            if rung is None:
+                self._workers.drive(jobs, lambda outcome: self._finish([*told(outcome.number), outcome]))
+                return
+
+            def arrived(outcome: Outcome, rung: int = rung) -> None:
+                self.store.save_rung(rung, outcome)
+                outcomes[outcome.number, rung] = outcome
+
+            self._workers.drive(jobs, arrived)
+            over = rungs.stage(numbers, outcomes)
+            self.observer.sifted(rungs.sizes[rung], stage.alive, over.alive)
+
+    def _finish(self, outcomes: Sequence[Outcome], rung: int | None = None) -> None:
+        """Commit, then tell, then show. The last outcome, on `rung`, is the trial's; all are its cost."""
+        outcome = outcomes[-1]
         trial = self._pending.pop(outcome.number)
-        cost: dict[str, Any] = {**trial.cost, **outcome.seconds}
-        if outcome.bytes:
-            cost["bytes"] = dict(outcome.bytes)
         error = None
         if outcome.score is None:
             error = outcome.error or "the pipeline gave neither a score nor an error"
             if outcome.stage and not error.startswith(f"{outcome.stage}:"):
                 error = f"{outcome.stage}: {error}"
-        state = State.COMPLETE if error is None else State.FAILED
         told = self.store.commit(
             replace(
-                trial, state=state, score=outcome.score, error=error, metrics=dict(outcome.metrics), cost=cost
+                trial,
+                state=State.COMPLETE if error is None else State.FAILED,
+                score=None if outcome.score is None else replace(outcome.score, rung=rung),
+                error=error,
+                metrics=dict(outcome.metrics),
+                cost={**trial.cost, **cost(outcomes)},
             )
         )
         self._failed_in_a_row = 0 if error is None else self._failed_in_a_row + 1
@@ -341,35 +322,6 @@ class _Sitting:
     def _save_best(self, best: Trial) -> None:
         text = yamltext.dump(self.recipe(best))
         write_atomic(self.store.run_dir / "best" / "recipe.yaml", text)
-
-    def _drive(self, jobs: Iterable[Job], arrived: Callable[[Outcome], None]) -> None:
-        """Run jobs, one a worker at a time, so that a signal leaves the rest unbegun.
-
-        Raises:
-            _Halt: A signal or the limit came before the last job.
-        """
-        executor = self._workers.ready(self.stop)
-        waiting, flying = deque(jobs), dict[Future[Outcome], int]()
-        while waiting or flying:
-            while waiting and len(flying) < executor.workers and self.stop.signal is None and self._left != 0:
-                job = waiting.popleft()
-                flying[executor.submit(job)] = job.number
-                if self._left is not None and job.split == "search":
-                    self._left -= 1
-            if not flying:
-                break
-            done, _ = wait(flying, timeout=_POLL, return_when=FIRST_COMPLETED)
-            self.stop.report()
-            for future in sorted(done, key=flying.__getitem__):
-                del flying[future]
-                arrived(future.result())
-            if self.stop.cancelled:
-                executor.shutdown(cancel=True)
-                break
-        if waiting or flying:
-            if self.stop.signal is not None:
-                raise _Halt(self.stop.exit_code, self._stopped())
-            raise _Halt(3, _LIMIT)
 
     def _score_finalists(self) -> None:
         """Score the plan's trials on the held-out items; what an earlier sitting scored is kept."""
@@ -393,4 +345,4 @@ class _Sitting:
         def arrived(outcome: Outcome) -> None:
             self.store.save_holdout(plan[outcome.number], outcome.number, outcome)
 
-        self._drive(jobs, arrived)
+        self._workers.drive(jobs, arrived)

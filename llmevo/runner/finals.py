@@ -16,19 +16,12 @@ from llmevo.proposers import Direction
 from llmevo.runner.observer import Row, RunSummary
 from llmevo.stats import Interval, paired_difference
 from llmevo.store import HoldoutRow, Store
-from llmevo.trial import Score, Trial
+from llmevo.trial import Score, Trial, ranked
 
 EVOLVED = "evolved"
 _ERROR_RATE = 0.05  # of all the finalists' intervals together (Bonferroni)
 _OWN = ("llm", "llm+noise")  # what the model said, as it is or with the strategy's noise
 _KINDS = ("baseline", "parent", "uniform", "warm_start")
-
-
-def ranked(trials: Iterable[Trial], direction: Direction) -> list[Trial]:
-    """The complete trials, best first, the earlier of equals first."""
-    sign = -1.0 if direction == "maximize" else 1.0
-    scored = [(sign * trial.score.value, trial.number, trial) for trial in trials if trial.score is not None]
-    return [trial for *_, trial in sorted(scored, key=lambda item: item[:2])]
 
 
 def plan(
@@ -44,13 +37,16 @@ def plan(
 
     Returns:
         The baseline, the best parent, the uniform merge and the best warm start, as far as each is there and
-        complete; then `evolved`, `evolved:2`, ...
+        complete; then `evolved`, `evolved:2`, ... A trial that dropped out on fewer items is no finalist
+        where there is one that answered all.
     """
     chosen = []
     for kind in _KINDS:
         of_kind = [trial for trial in trials[:references] if trial.origin.split(":")[0] == kind]
         chosen += [(trial.origin, trial) for trial in ranked(of_kind, direction)[:1]]
-    for place, trial in enumerate(ranked(trials[references:], direction)[:finalists], start=1):
+    best = ranked(trials[references:], direction)
+    whole = [trial for trial in best if trial.score is not None and trial.score.rung is None]
+    for place, trial in enumerate((whole or best)[:finalists], start=1):
         chosen.append((EVOLVED if place == 1 else f"{EVOLVED}:{place}", trial))
     return chosen
 

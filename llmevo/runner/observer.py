@@ -118,6 +118,10 @@ class Observer(Protocol):
         """A batch was proposed in `seconds`, and recorded."""
         ...
 
+    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+        """A rung of a batch is over: by their first `items` items, those `kept` of `entered` go on."""
+        ...
+
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """A trial is complete or failed; `best` is the best so far."""
         ...

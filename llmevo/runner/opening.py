@@ -214,18 +214,23 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "machine": platform.machine(), "packages": versions}
 
 
-def check_facts(store: Store, facts: dict[str, Any]) -> None:
+def check_facts(store: Store, facts: dict[str, Any]) -> dict[str, Any]:
     """Keep what the pipeline says of itself, or refuse to mix scores of different items in one run.
+
+    Returns:
+        What was kept when the run began.
 
     Raises:
         StoreError: The items are not those that earlier trials were scored on.
     """
-    known = store.meta("pipeline")
+    known: dict[str, Any] | None = store.meta("pipeline")
     if known is None:
         store.set_meta("pipeline", facts)
-        return
+        return facts
+    # A run of before there were rungs goes on without them.
+    keys = [*_SCORED, *(["rungs"] if "rungs" in known else [])]
     different = [
-        f"{key}: {known.get(key)} -> {facts.get(key)}" for key in _SCORED if known.get(key) != facts.get(key)
+        f"{key}: {known.get(key)} -> {facts.get(key)}" for key in keys if known.get(key) != facts.get(key)
     ]
     if different:
         lines = "\n".join(f"  {line}" for line in different)
@@ -234,3 +239,4 @@ def check_facts(store: Store, facts: dict[str, Any]) -> None:
             f"{lines}\nRestore the tasks' data, choose another --run-dir, or move the earlier run aside with "
             "--fresh."
         )
+    return known

@@ -73,6 +73,11 @@ class Stop:
         """130 after Ctrl-C, else 3: stopped early and resumable."""
         return 130 if self.signal is signal.SIGINT else 3
 
+    @property
+    def reason(self) -> str:
+        """One line on the signal that came."""
+        return "stopped" if self.signal is None else f"stopped by {self.signal.name}"
+
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """A wait that leaves nothing behind, such as for a reply or for models to load.

@@ -2,7 +2,7 @@
 
 ::
 
-    run.db            meta, trials, holdout, events
+    run.db            meta, trials, rungs, holdout, events
     lock              held with flock by the one process that drives the run; says its pid
     genome.yaml       the user's file, verbatim
     best/recipe.yaml  and whatever else is written with `write_atomic`
@@ -21,7 +21,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -34,6 +34,7 @@ from llmevo.pipeline import Outcome
 from llmevo.rundir import lock as lock_directory
 from llmevo.rundir import redact, write_atomic
 from llmevo.store import migrations
+from llmevo.store.database import connect, first, open_to_write, pack
 from llmevo.trial import Score, State, Trial
 
 DATABASE = "run.db"
@@ -61,11 +62,6 @@ class HoldoutRow:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def _pack(data: Any) -> tuple[str, int]:
-    body = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return body, zlib.crc32(body.encode())
-
-
 @final
 class Store:
     """One run's store; made by `create` or `open`, and a context manager.
@@ -91,8 +87,8 @@ class Store:
             return False
         if path.with_name("genome.yaml").is_file():  # written last by `create`: what is missing now is lost
             return True
-        with closing(_connect(path, readonly=True)) as db:
-            return bool(_first(db, "SELECT count(*) FROM sqlite_master", path))
+        with closing(connect(path, readonly=True)) as db:
+            return bool(first(db, "SELECT count(*) FROM sqlite_master", path))
 
     @classmethod
     def create(cls, run_dir: str | Path, genome_text: str, genome: Genome) -> Store:
@@ -116,7 +112,7 @@ class Store:
         try:
             if cls.exists(path):
                 raise StoreError(f"`{path}` already has a run; open it, or choose another --run-dir.")
-            store = cls(path, _open_database(path / DATABASE), lock)
+            store = cls(path, open_to_write(path / DATABASE), lock)
             with store._transaction():
                 migrations.migrate(store._db)
                 store._put_meta("genome", genome.model_dump(mode="json", by_alias=True))
@@ -145,7 +141,7 @@ class Store:
         lock = None if readonly else lock_directory(path)
         store = None
         try:
-            db = _connect(path / DATABASE, True) if readonly else _open_database(path / DATABASE)
+            db = connect(path / DATABASE, True) if readonly else open_to_write(path / DATABASE)
             store = cls(path, db, lock)
             store._check()
             if not readonly:
@@ -162,10 +158,10 @@ class Store:
         return store
 
     def _check(self) -> None:
-        result = _first(self._db, "PRAGMA quick_check(1)", self.run_dir)
+        result = first(self._db, "PRAGMA quick_check(1)", self.run_dir)
         if result != "ok":
             raise StoreError(f"`{self.run_dir / DATABASE}` is damaged ({result}); restore it from a copy.")
-        version = int(_first(self._db, "PRAGMA user_version", self.run_dir))
+        version = self._version()
         if version > len(migrations.MIGRATIONS):
             raise StoreError(
                 f"`{self.run_dir}` was written by a newer llmevo (schema {version}, this one knows "
@@ -173,6 +169,9 @@ class Store:
             )
         if version == 0:
             raise StoreError(f"`{self.run_dir / DATABASE}` is damaged or not of llmevo (it has no schema).")
+
+    def _version(self) -> int:
+        return int(first(self._db, "PRAGMA user_version", self.run_dir))
 
     def close(self) -> None:
         """Let go of the file and the lock."""
@@ -219,9 +218,7 @@ class Store:
         return rows
 
     def _put_meta(self, key: str, value: Any) -> None:
-        self._db.execute(
-            "INSERT OR REPLACE INTO meta (key, body, crc) VALUES (?, ?, ?)", (key, *_pack(value))
-        )
+        self._db.execute("INSERT OR REPLACE INTO meta (key, body, crc) VALUES (?, ?, ?)", (key, *pack(value)))
 
     def meta(self, key: str, default: Any = None) -> Any:
         """The JSON value that `set_meta` stored under `key`."""
@@ -262,7 +259,7 @@ class Store:
             for trial in trials:
                 self._db.execute(
                     "INSERT INTO trials (number, body, crc) VALUES (?, ?, ?)",
-                    (trial.number, *_pack(trial.to_json())),
+                    (trial.number, *pack(trial.to_json())),
                 )
 
     def commit(self, trial: Trial) -> Trial:
@@ -293,7 +290,7 @@ class Store:
         with self._transaction():
             self._db.execute(
                 "UPDATE trials SET body = ?, crc = ? WHERE number = ?",
-                (*_pack(trial.to_json()), trial.number),
+                (*pack(trial.to_json()), trial.number),
             )
 
     def trials(self) -> list[Trial]:
@@ -304,6 +301,25 @@ class Store:
             if trial.number != index or rows[index][0] != index:
                 raise StoreError(f"`{self.run_dir / DATABASE}` is damaged: trial {index} is missing.")
         return trials
+
+    def save_rung(self, rung: int, outcome: Outcome) -> None:
+        """Record what a trial scored on the items of a rung, before anything depends on it."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO rungs (number, rung, body, crc) VALUES (?, ?, ?, ?)",
+                (outcome.number, rung, *pack(_outcome_json(outcome))),
+            )
+
+    def rungs(self, since: int = 0) -> dict[tuple[int, int], Outcome]:
+        """What trials from number `since` on scored on rungs below the last, by (number, rung)."""
+        if self._version() < 2:  # a run of before there were rungs, opened to look
+            return {}
+        rows = self._rows("SELECT number, rung, body, crc FROM rungs WHERE number >= ?", since)
+        return {
+            (number, rung): Outcome(number, score and Score.from_json(score), **body)
+            for number, rung, body in rows
+            for score in [body.pop("score")]
+        }
 
     def save_holdout(self, label: str, number: int, outcome: Outcome) -> None:
         """Record what trial `number` scored on the held-out items.
@@ -320,7 +336,7 @@ class Store:
             self._db.execute("UPDATE holdout SET label = NULL WHERE label = ?", (label,))
             self._db.execute(
                 "INSERT OR REPLACE INTO holdout (number, label, body, crc) VALUES (?, ?, ?, ?)",
-                (number, label, *_pack(body)),
+                (number, label, *pack(body)),
             )
 
     def label_holdout(self, numbers: dict[str, int]) -> None:
@@ -350,7 +366,7 @@ class Store:
         event = {"kind": kind, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **data}
         body = json.loads(redact(json.dumps(event), self.genome.llm.api_key_env))
         with self._transaction():
-            self._db.execute("INSERT INTO events (body, crc) VALUES (?, ?)", _pack(body))
+            self._db.execute("INSERT INTO events (body, crc) VALUES (?, ?)", pack(body))
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -358,33 +374,9 @@ class Store:
         return [body for (body,) in self._rows("SELECT body, crc FROM events ORDER BY id")]
 
 
-def _connect(path: Path, readonly: bool) -> sqlite3.Connection:
-    mode = "ro" if readonly else "rwc"
-    if readonly and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
-        mode = "ro&immutable=1"  # SQLite wants to make a -wal even to read; nobody is writing here
-    uri = f"{path.resolve().as_uri()}?mode={mode}"
-    try:
-        db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30.0)
-        # A bit flipped in a text may not be UTF-8; the row's sum must get to see it.
-        db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
-    except sqlite3.Error as error:
-        raise StoreError(f"`{path}` cannot be opened: {error}.") from error
-    return db
-
-
-def _open_database(path: Path) -> sqlite3.Connection:
-    db = _connect(path, readonly=False)
-    try:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-    except sqlite3.Error as error:
-        db.close()
-        raise StoreError(f"`{path}` is damaged or not a database: {error}.") from error
-    return db
-
-
-def _first(db: sqlite3.Connection, query: str, path: Path) -> Any:
-    try:
-        return db.execute(query).fetchone()[0]
-    except (sqlite3.Error, TypeError) as error:
-        raise StoreError(f"`{path}` is damaged or not a run of llmevo: {error}.") from error
+def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+    score = None if outcome.score is None else outcome.score.to_json()
+    return {
+        **{f.name: getattr(outcome, f.name) for f in fields(outcome) if f.name != "number"},
+        "score": score,
+    }

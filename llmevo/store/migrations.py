@@ -21,8 +21,15 @@ def _m001_initial(db: sqlite3.Connection) -> None:
     db.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, body TEXT NOT NULL, crc INTEGER NOT NULL)")
 
 
+def _m002_rungs(db: sqlite3.Connection) -> None:
+    db.execute(
+        "CREATE TABLE rungs (number INTEGER NOT NULL, rung INTEGER NOT NULL, body TEXT NOT NULL,"
+        " crc INTEGER NOT NULL, value REAL AS (body ->> '$.score.value'), PRIMARY KEY (number, rung))"
+    )
+
+
 # Each takes the schema one version up; SQLite's user_version counts those that have run.
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_m001_initial]
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_m001_initial, _m002_rungs]
 
 
 def migrate(db: sqlite3.Connection) -> None:

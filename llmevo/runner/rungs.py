@@ -1,0 +1,129 @@
+"""Successive halving inside a batch: who is worth more items, as a function of what was answered.
+
+All trials of a batch answer the first few items; the better ones answer more, and the best all of them. The
+items stand in one stored order, so that trials are compared on the same ones and a survivor extends what it
+has answered. Jamieson and Talwalkar, AISTATS 2016, http://proceedings.mlr.press/v51/jamieson16.html.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from llmevo.genome import SearchSpec
+from llmevo.pipeline import Outcome
+from llmevo.trial import Direction, standing
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where a batch stands.
+
+    Args:
+        rung: The one that the trials in `alive` answer now; None for all items.
+        alive: Numbers of the trials that are still in, ascending.
+        missing: Those of them without an outcome on this rung; on the last one, all.
+        out: For each trial that is not in any more, the rung at which it failed or dropped out.
+    """
+
+    rung: int | None
+    alive: tuple[int, ...]
+    missing: tuple[int, ...]
+    out: Mapping[int, int] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Rungs:
+    """The rungs of a run.
+
+    Args:
+        sizes: Items up to and with each rung, over all tasks, ascending; the last one is all items.
+        eta: One in `eta` trials of a rung reaches the next.
+        rank_by: `score`, or a measure of multiple-choice tasks that ranks the rungs below the last.
+        direction: Of the score.
+        weights: Of the measure, by task; negative where the score falls as the measure grows.
+    """
+
+    sizes: tuple[int, ...]
+    eta: int = 2
+    rank_by: str = "score"
+    direction: Direction = "maximize"
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], search: SearchSpec) -> Rungs | None:
+        """The rungs that a pipeline's facts describe; None where every trial answers all items."""
+        prefixes: Sequence[Mapping[str, int]] = facts.get("rungs") or ()
+        if len(prefixes) < 2:
+            return None
+        tasks, better = prefixes[-1], 1.0 if search.direction == "maximize" else -1.0
+        weights: dict[str, float] = {}
+        for key, weight in facts.get("weights", {}).items():
+            task = key if key in tasks else key.rpartition("/")[0]
+            sign = better * facts.get("signs", {}).get(key, better)
+            weights[task] = weights.get(task, 0.0) + sign * weight
+        sizes = tuple(sum(prefix.values()) for prefix in prefixes)
+        return cls(sizes, search.halving.eta, search.halving.rank_by, search.direction, weights)
+
+    def stage(self, numbers: Sequence[int], outcomes: Mapping[tuple[int, int], Outcome]) -> Stage:
+        """Where a batch stands, given what its trials scored on the rungs below the last.
+
+        Of those that enter a rung, the best `ceil(1 / eta)` of them go on, failed ones behind all others. One
+        that is alone answers the rest at once. So the best of a batch always reaches the last rung.
+
+        Args:
+            numbers: The trials of the batch.
+            outcomes: By (number, rung).
+        """
+        alive = tuple(sorted(numbers))
+        out: dict[int, int] = {}
+        for rung in range(len(self.sizes) - 1):
+            if len(alive) < 2:
+                break
+            missing = tuple(number for number in alive if (number, rung) not in outcomes)
+            if missing:
+                return Stage(rung, alive, missing, out)
+            best = self.best_first([outcomes[number, rung] for number in alive])
+            kept = best[: math.ceil(len(alive) / self.eta)]
+            out |= {number: rung for number in alive if number not in kept}
+            alive = tuple(sorted(kept))
+        return Stage(None, alive, alive, out)
+
+    def best_first(self, outcomes: Sequence[Outcome]) -> list[int]:
+        """Numbers of the trials that did not fail on a rung, best first, the earlier of equals first."""
+        merits = {o.number: standing(o.score, self.direction)[1] for o in outcomes if o.score is not None}
+        if self.rank_by != "score":
+            measured = {o.number: self._measure(o) for o in outcomes if o.score is not None}
+            # A task that does not measure it (generation) would count for nothing: then the score ranks.
+            known = {number: value for number, value in measured.items() if value is not None}
+            merits = known if len(known) == len(merits) else merits
+        return sorted(merits, key=lambda number: (-merits[number], number))
+
+    def _measure(self, outcome: Outcome) -> float | None:
+        """The weighted mean of `rank_by` over the tasks; None if one of them lacks it."""
+        values = [
+            (weight, outcome.metrics.get(task, {}).get(f"{self.rank_by},none"))
+            for task, weight in self.weights.items()
+        ]
+        if not values or any(value is None for _, value in values):
+            return None
+        return math.fsum(weight * value for weight, value in values if value is not None)
+
+
+def cost(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What a trial's outcomes took together: seconds by stage, and `bytes` and `items` where they count."""
+    total: dict[str, Any] = {}
+    seconds, sizes, items = ([getattr(o, kind) for o in outcomes] for kind in ("seconds", "bytes", "items"))
+    total |= _summed(seconds)
+    total |= {"bytes": _summed(sizes)} if any(sizes) else {}
+    total |= {"items": _summed(items)} if any(items) else {}
+    return total
+
+
+def _summed(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    keys = dict.fromkeys(key for count in counts for key in count)
+    return {key: sum(count.get(key, 0) for count in counts) for key in keys}

@@ -1,0 +1,131 @@
+"""Where a run's jobs go: started when there is something to do, fed one job a worker, left in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, final
+
+from llmevo.executors import Executor
+from llmevo.executors.local import LocalExecutor
+from llmevo.genome import Genome
+from llmevo.pipeline import Job, Outcome
+from llmevo.runner import opening
+from llmevo.runner.signals import Stop
+from llmevo.store import Store
+
+LIMIT = "the limit of this sitting is reached"
+_POLL = 0.2  # seconds between looks at whether a second signal came
+
+
+class Halt(Exception):
+    """The sitting ends before the run does.
+
+    Args:
+        exit_code: Of the process.
+        reason: One line.
+    """
+
+    def __init__(self, exit_code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+        self.reason = reason
+
+
+@final
+class Workers:
+    """The executor: the one given, or local processes that are started when there is something to do.
+
+    Args:
+        genome: What is searched.
+        store: Of the run.
+        given: Left open at the end; None for local processes.
+        stop: Says when a signal came.
+        limit: How many trials may be worked on; None for all.
+    """
+
+    def __init__(
+        self, genome: Genome, store: Store, given: Executor | None, stop: Stop, limit: int | None
+    ) -> None:
+        self._genome = genome
+        self._store = store
+        self._executor = given
+        self._owned = given is None
+        self._stop = stop
+        self._limit = limit
+        self._touched: set[int] = set()
+        self._facts: dict[str, Any] | None = None
+
+    @property
+    def spent(self) -> bool:
+        """Whether as many trials were worked on as this sitting may."""
+        return self._limit is not None and len(self._touched) >= self._limit
+
+    def start(self) -> Executor:
+        """The executor, perhaps still loading."""
+        if self._executor is None:
+            spec = self._genome.run
+            log = self._store.run_dir / "workers.log"
+            genome = opening.settled(self._genome, self._store)
+            self._executor = LocalExecutor(genome, spec.workers, spec.timeout, log=log)
+        return self._executor
+
+    def facts(self) -> dict[str, Any]:
+        """What the pipeline says of itself, with what the run was begun with where both must agree.
+
+        Raises:
+            GenomeError: The models or tasks cannot be loaded.
+            StoreError: The items are others than those that the run was scored on.
+            Interrupted: A signal came while they loaded.
+        """
+        executor = self.start()
+        if self._facts is None:
+            with self._stop.interruptible():
+                facts = executor.describe()
+            self._facts = opening.check_facts(self._store, facts)
+        return self._facts
+
+    def drive(self, jobs: Iterable[Job], arrived: Callable[[Outcome], None]) -> None:
+        """Run jobs, one a worker at a time, so that a signal leaves the rest unbegun.
+
+        Args:
+            jobs: What to run, in this order.
+            arrived: Is given each outcome, in the order in which they come.
+
+        Raises:
+            Halt: A signal or the limit came before the last job.
+            GenomeError: As `facts`; StoreError and Interrupted too.
+        """
+        self.facts()
+        executor = self.start()
+        waiting, flying = deque(jobs), dict[Future[Outcome], int]()
+        while waiting or flying:
+            while waiting and len(flying) < executor.workers and self._may(waiting[0]):
+                job = waiting.popleft()
+                flying[executor.submit(job)] = job.number
+                if job.split == "search":
+                    self._touched.add(job.number)
+            if not flying:
+                break
+            done, _ = wait(flying, timeout=_POLL, return_when=FIRST_COMPLETED)
+            self._stop.report()
+            for future in sorted(done, key=flying.__getitem__):
+                del flying[future]
+                arrived(future.result())
+            if self._stop.cancelled:
+                executor.shutdown(cancel=True)
+                break
+        if waiting or flying:
+            if self._stop.signal is not None:
+                raise Halt(self._stop.exit_code, self._stop.reason)
+            raise Halt(3, LIMIT)
+
+    def _may(self, job: Job) -> bool:
+        begun = job.split == "search" and job.number in self._touched
+        return self._stop.signal is None and (begun or not self.spent)
+
+    def release(self, cancel: bool) -> None:
+        """End the processes that were started here; those that are still loading are not waited for."""
+        if self._owned and self._executor is not None:
+            self._executor.shutdown(cancel=cancel or self._facts is None)
