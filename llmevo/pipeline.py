@@ -106,7 +106,7 @@ class MergePipeline:
         self._recipes = recipe.Recipes(genome, recipe.num_layers(genome))
         device = evaluate.device(genome.evaluate)
         dtype = evaluate.dtype(genome.evaluate, device)
-        self._merger = merge.Merger(genome.genome, device=device, dtype=dtype)
+        self._merger = merge.Merger(genome.genome, genome.merge, device=device, dtype=dtype)
         if self._merger.tokenizer is None:
             raise GenomeError(
                 "`genome.models` must have a tokenizer beside the base model's weights, but has none."

@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
 from llmevo.errors import GenomeError, StageError
-from llmevo.genome import MergeSpec
-from llmevo.merge import plan, weights
+from llmevo.genome import MergeSpec, MergeStageSpec
+from llmevo.merge import layout, plan, weights
+from llmevo.merge.engines import engine_for
+from llmevo.merge.fast import FastMerge
+from llmevo.merge.layout import Arena
 from llmevo.merge.parents import check_parents, models_of
 from llmevo.merge.references import Located, canonical, locate, plain_reference, substitute
+from llmevo.merge.resolve import Resolver
 
 if TYPE_CHECKING:
     import torch
@@ -25,22 +29,27 @@ _TOKENIZER_KEYS = ("tokenizer_source", "tokenizer", "chat_template")
 class Merger:
     """Merges recipes of one genome's models into one resident transformers model.
 
-    The weights are those that mergekit's `run_merge` would write, bit for bit, before they are cast to the
-    resident model's dtype: the parameters of each tensor come from mergekit's planner and the arithmetic is
-    mergekit's, on the same inputs. Random masks (DARE, DELLA) are those of `run_merge` with the same seed on
-    the same kind of device.
+    In the exact mode the weights are those that mergekit's `run_merge` would write, bit for bit, before they
+    are cast to the resident model's dtype: the parameters of each tensor come from mergekit's planner and the
+    arithmetic is mergekit's, on the same inputs. Random masks (DARE, DELLA) are those of `run_merge` with the
+    same seed on the same kind of device.
+
+    In the fast mode, methods with a fast form (`fast.FastMerge`) are one pass over flat buffers, accumulated
+    in float32 and rounded once, and only over tensors whose weights changed; others are merged exactly.
 
     Memory: every model of the genome once in `spec.dtype` (tensors in which models are equal are shared), the
     resident model in `dtype`, and one tensor's temporaries. `bytes_held` counts the first.
 
     Args:
         spec: The merge half of the genome. It is checked with `check_parents` first.
+        stage: How merges are computed.
         device: Where the weights live and merges are computed: `cpu`, `cuda`, `cuda:1`, ...
         dtype: Of the resident model, as a torch dtype or its name.
 
     Attributes:
         model: The resident model, in evaluation mode and without gradients. Before the first merge it has the
-            weights of the base model, or of the first parent where there is none.
+            weights of the base model, or of the first parent where there is none. Its parameters stay the
+            same objects in the same memory, whatever is merged.
         tokenizer: That model's tokenizer; None where it has none.
         facts: What `check_parents` returned.
         bytes_held: Bytes of the models' weights in memory, the resident model left out.
@@ -50,22 +59,31 @@ class Merger:
     """
 
     def __init__(
-        self, spec: MergeSpec, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "bfloat16"
+        self,
+        spec: MergeSpec,
+        stage: MergeStageSpec = MergeStageSpec(),  # noqa: B008 (frozen)
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "bfloat16",
     ) -> None:
         import torch
 
         self.facts = check_parents(spec)
+        self._stage = stage
         self._device = torch.device(device)
         self._dtype = _torch_dtype(spec.dtype)
         located = {where.name: where for where in map(locate, models_of(spec))}
         first = located[canonical(models_of(spec)[0])]
         self.model = _resident(first, self._device, _torch_dtype(dtype))
         self.tokenizer = _tokenizer(first)
+        self._arena = Arena()
+        layout.place(self.model, self._arena)
         self._load(located)
         self._arch = plan.architecture([plain_reference(where.folder) for where in located.values()])
+        self._fast = self._fast_merge()
         self._check_coverage(first)
 
-    def merge(self, recipe: dict[str, Any], seed: int) -> int:
+    def merge(self, recipe: dict[str, Any], seed: int, exact: bool = False) -> int:
         """Merge a recipe into the resident model.
 
         Args:
@@ -73,9 +91,10 @@ class Merger:
                 taken from any slices, as long as there are as many as the model has.
             seed: Decides every random mask: the same recipe and seed give the same weights. 0 to 2^64 - 1.
                 torch's random state is left as it was.
+            exact: Merge with mergekit's own arithmetic, whatever the stage's mode.
 
         Returns:
-            Bytes written into the resident model.
+            Bytes written into the resident model; tensors that keep their weights are not written.
 
         Raises:
             StageError: If mergekit refuses the recipe, the recipe names a model that the genome lacks, or a
@@ -85,8 +104,12 @@ class Merger:
         import torch
 
         try:
-            with weights.loaders(self._loaders), self._random_state(seed), torch.no_grad():
-                written = self._write(self._plan(recipe))
+            with weights.loaders(self._loaders), torch.no_grad():
+                written = None if exact else self._merge_fast(recipe)
+                if written is None:
+                    self._fast.forget()
+                    with self._random_state(seed):
+                        written = self._write(plan.steps(*self._plannable(recipe)))
         except StageError:
             raise
         except (
@@ -96,6 +119,12 @@ class Merger:
             raise StageError("merge", f"{type(error).__name__}: {reason[:500]}") from error
         return written
 
+    def _merge_fast(self, recipe: dict[str, Any]) -> int | None:
+        if self._stage.mode == "exact":
+            return None
+        resolved = self._fast.resolve(recipe)
+        return None if resolved is None else self._fast.merge(resolved)
+
     def _load(self, located: dict[str, Located]) -> None:
         self._references: dict[str, ModelReference] = {}
         self._loaders: dict[ModelReference, weights.Weights] = {}
@@ -104,13 +133,27 @@ class Merger:
             reference = _reference(where)
             self._references[name] = reference
             if reference not in self._loaders:
-                held, lossless = weights.load(where, dtype=self._dtype, device=self._device)
-                weights.share(held, self._loaders.values())
+                held, lossless = weights.load(
+                    where,
+                    dtype=self._dtype,
+                    device=self._device,
+                    arena=self._arena,
+                    others=list(self._loaders.values()),
+                )
                 self._loaders[reference] = held
                 self._lossless = self._lossless and lossless
-        self.bytes_held = weights.count_bytes(t for w in self._loaders.values() for t in w.tensors.values())
+        self.bytes_held = layout.count_bytes(t for w in self._loaders.values() for t in w.tensors.values())
 
-    def _plan(self, recipe: dict[str, Any]) -> list[plan.Step]:
+    def _fast_merge(self) -> FastMerge:
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        outputs = {name: self._arena.slot(p.data) for name, p in parameters}
+        dtypes = [buffer.dtype for buffer in self._arena.buffers]
+        engine = engine_for(self._arena, self._device, dtypes)
+        resolver = Resolver(lambda recipe: plan.trace(*self._plannable(recipe)))
+        return FastMerge(self._arena, engine, resolver, outputs, self._dtype)
+
+    def _plannable(self, recipe: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """Return what mergekit's planner takes."""
         kept = {key: value for key, value in recipe.items() if key not in _TOKENIZER_KEYS}
         dtype = kept.get("dtype")
         if not self._lossless and (dtype is None or _torch_dtype(dtype) != self._dtype):
@@ -128,7 +171,7 @@ class Merger:
                 f"the recipe names the model `{error.args[0]}`, which is not in the genome: add it to "
                 f"`genome.models`, or name one of {', '.join(self._references)}",
             ) from None
-        return plan.steps(placed, self._arch, self.model.config)
+        return placed, self._arch, self.model.config
 
     def _write(self, steps: list[plan.Step]) -> int:
         import torch
@@ -167,7 +210,7 @@ class Merger:
             "dtype": str(self._dtype).removeprefix("torch."),
         }
         try:
-            self.merge(recipe, seed=0)
+            self.merge(recipe, seed=0, exact=True)
         except StageError as error:
             raise GenomeError(
                 f"`{first.name}`: {self.facts['architecture']} cannot be merged in memory: {error.reason}"

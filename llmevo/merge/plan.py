@@ -77,15 +77,57 @@ def steps(recipe: Any, arch: Any, config: Any) -> list[Step]:
     Raises:
         Exception: Whatever mergekit raises for a recipe that it refuses.
     """
+    return [traced.step for traced in trace(recipe, arch, config)]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A step, and what mergekit resolved its parameters from.
+
+    Args:
+        step: The merge of one tensor.
+        slice: Index of its output slice.
+        position: Of its layer in the slice, from 0 to 1; gradients are read there.
+        inputs: The names under which filters see the tensor, one for each model of the step's task.
+    """
+
+    step: Step
+    slice: int
+    position: float
+    inputs: tuple[str, ...]
+
+
+def trace(recipe: Any, arch: Any, config: Any) -> list[Traced]:
+    """Plan a recipe as `steps` does, with the same arguments and errors, and keep how."""
     from mergekit.common import dtype_from_name
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import SaveTensor
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
 
-    planner = MergePlanner(MergeConfiguration.model_validate(recipe), arch, MergeOptions(quiet=True), config)
+    places: list[tuple[int, float, tuple[str, ...]]] = []
+
+    class Recorder(MergePlanner):  # type: ignore[misc]
+        """mergekit's planner, which notes from where in the recipe it reads."""
+
+        def plan_tensor(
+            self, weight: Any, weights_in: Any, models: Any, cfg_reader: Any, **kwargs: Any
+        ) -> None:
+            before = len(self._tensors)
+            super().plan_tensor(weight, weights_in, models, cfg_reader, **kwargs)
+            if len(self._tensors) > before:
+                slices = [part for module in self.config.modules.values() for part in module.slices]
+                index = next(i for i, part in enumerate(slices) if part is cfg_reader.slice_out)
+                places.append((index, cfg_reader.t, tuple(w.name for w in weights_in)))
+
+    planner = Recorder(MergeConfiguration.model_validate(recipe), arch, MergeOptions(quiet=True), config)
     # Planning for the disk writes nothing, and `plan_in_memory` fails in 0.1.5 (its task type cannot be
     # made).
     saves = [task for task in planner.plan_to_disk(out_path="") if isinstance(task, SaveTensor)]
-    saves.sort(key=lambda save: save.group_label() or "")
-    return [Step(s.tensor_name, s.tensor_task, dtype_from_name(s.dtype)) for s in saves]
+    planned = [
+        (save, Traced(Step(save.tensor_name, save.tensor_task, dtype_from_name(save.dtype)), *place))
+        for save, place in zip(saves, places, strict=True)
+    ]
+    planned.sort(key=lambda pair: pair[0].group_label() or "")
+    return [traced for _, traced in planned]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from llmevo.errors import GenomeError
 from llmevo.merge import headers
+from llmevo.merge.layout import Arena
 from llmevo.merge.references import Located
 
 if TYPE_CHECKING:
@@ -37,13 +38,23 @@ class Weights:
         """Do nothing: there is no open shard."""
 
 
-def load(located: Located, *, dtype: torch.dtype, device: torch.device) -> tuple[Weights, bool]:
+def load(
+    located: Located,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    arena: Arena,
+    others: Sequence[Weights] = (),
+) -> tuple[Weights, bool]:
     """Load one model, apply its adapter, cast it, and check that it is finite.
 
     Args:
         located: What to load.
         dtype: Of floating-point tensors in memory.
         device: Where they stay.
+        arena: Holds them.
+        others: Models that are loaded already: a tensor that equals one of theirs is shared, not held again,
+            such as those that an adapter leaves alone.
 
     Returns:
         The weights, and whether nothing was lost: every tensor was stored in `dtype` already.
@@ -53,31 +64,32 @@ def load(located: Located, *, dtype: torch.dtype, device: torch.device) -> tuple
     """
     stored = _plain(located.folder, located.name) if located.adapter is None else _adapted(located)
     lossless, tensors = True, {}
+    own: dict[str, torch.Tensor] = {}
     for key, tensor in stored:
         if tensor.is_floating_point():
             lossless = lossless and tensor.dtype == dtype
-            # The copy matters where nothing is cast: safetensors hands out views of the mapped file, which
-            # somebody may write to while the run goes on.
-            tensor = tensor.to(device=device, dtype=dtype, copy=True)
+            tensor = tensor.to(device=device, dtype=dtype)
             _check_finite(tensor, key, located.name)
-        tensors[key] = tensor.to(device)
+        shared = _same(key, tensor, others)
+        tensors[key] = tensor.to(device) if shared is None else shared
+        if shared is None and tensor.is_floating_point():
+            own[key] = tensors[key]
+    # Copied, since safetensors hands out views of the mapped file, which somebody may write to while the run
+    # goes on.
+    places = arena.allocate({key: tuple(t.shape) for key, t in own.items()}, dtype, device)
+    for key, place in places.items():
+        tensors[key] = place.copy_(own.pop(key))
     return Weights(tensors), lossless
 
 
-def share(model: Weights, others: Iterable[Weights]) -> None:
-    """Let a model share the tensors in which it equals another, such as those an adapter leaves alone."""
+def _same(key: str, tensor: torch.Tensor, others: Sequence[Weights]) -> torch.Tensor | None:
     import torch
 
     for other in others:
-        for key, theirs in other.tensors.items():
-            mine = model.tensors.get(key)
-            if mine is not None and mine is not theirs and torch.equal(mine, theirs):
-                model.tensors[key] = theirs
-
-
-def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of some tensors, each storage counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        theirs = other.tensors.get(key)
+        if theirs is not None and theirs.dtype == tensor.dtype and torch.equal(tensor, theirs):
+            return theirs
+    return None
 
 
 @contextmanager

@@ -1,0 +1,191 @@
+"""The fast mode: a recipe as one pass over flat buffers, and only over what changed since the last one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmevo.errors import StageError
+from llmevo.merge import coefficients
+from llmevo.merge.coefficients import Weights
+from llmevo.merge.engines import Engine, Sum
+from llmevo.merge.layout import Arena, Slot
+from llmevo.merge.resolve import Resolved, Resolver, Skeleton
+
+if TYPE_CHECKING:
+    import torch
+
+
+@final
+class Bound:
+    """A structure whose tensors have been found in the buffers.
+
+    Args:
+        skeleton: The structure.
+        arena: The buffers.
+        outputs: Where the model's parameters lie, by name.
+
+    Attributes:
+        covers: Whether the structure writes each parameter exactly once.
+        names: Of the targets, in the order of the output buffer.
+        order: From that order to the skeleton's.
+        out: The outputs' slots.
+        sources: The models' slots for each target.
+        base: Index of the base model; None where targets have none, or different ones.
+    """
+
+    def __init__(self, skeleton: Skeleton, arena: Arena, outputs: Mapping[str, Slot]) -> None:
+        targets = skeleton.targets
+        known = [i for i, target in enumerate(targets) if target.name in outputs]
+        self.order = sorted(known, key=lambda i: _place(outputs[targets[i].name]))
+        self.names = [targets[i].name for i in self.order]
+        self.out = [outputs[name] for name in self.names]
+        fits = all(
+            targets[i].tensors[0].numel() == slot.stop - slot.start
+            for i, slot in zip(self.order, self.out, strict=True)
+        )
+        self.covers = (
+            fits
+            and len(known) == len(targets)
+            and sorted(map(_place, self.out)) == sorted({_place(slot) for slot in outputs.values()})
+        )
+        self.sources = [tuple(arena.slot(tensor) for tensor in targets[i].tensors) for i in self.order]
+        self.bases = [targets[i].base for i in self.order]
+        # Models that have a tensor in common: the first of them stands for all.
+        self.first = np.array([[row.index(slot) for slot in row] for row in self.sources])
+        rows = [(out, *sources) for out, sources in zip(self.out, self.sources, strict=True)]
+        follows = [False] + [
+            all(a.precedes(b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(rows)
+        ]
+        self.follows = np.array(follows, dtype=bool)
+        self.follows[1:] &= np.array([a == b for a, b in itertools.pairwise(self.bases)], dtype=bool)
+        self.follows[1:] &= (self.first[1:] == self.first[:-1]).all(axis=1)
+
+    def effective(self, weights: Weights) -> NDArray[np.float32]:
+        """Return the weights of distinct tensors, in the output buffer's order; 0 for what adds nothing."""
+        values = weights.values[self.order]
+        result = np.zeros_like(values)
+        rows = np.arange(len(values))[:, None]
+        np.add.at(result, (rows, self.first), values)
+        if weights.shifts:
+            bases = np.array(self.bases)
+            result[rows[:, 0], self.first[rows[:, 0], bases]] = 0
+        with np.errstate(over="ignore"):
+            return result.astype(np.float32)
+
+    def work(self, start: int, stop: int, weights: NDArray[np.float32], *, shifts: bool) -> Sum:
+        """Return the work of neighbouring targets with equal weights."""
+        base = self.bases[start] if shifts else None
+        used = [j for j in range(len(weights)) if weights[j] != 0]
+        # A sum needs something to be a sum of, if all weights are 0.
+        if not used:
+            used = [0]
+        sources = tuple(_span(self.sources[start][j], self.sources[stop - 1][j]) for j in used)
+        own = None if base is None else _span(self.sources[start][base], self.sources[stop - 1][base])
+        return Sum(_span(self.out[start], self.out[stop - 1]), sources, tuple(map(float, weights[used])), own)
+
+
+@final
+class FastMerge:
+    """Merges recipes of the methods in `coefficients.METHODS` into the resident model's buffer.
+
+    Args:
+        arena: The buffers of the models and of the resident model.
+        engine: Runs the loops.
+        resolver: Says what a recipe's tensors are merged with.
+        outputs: Where the resident model's parameters lie, by name; tied ones have one place.
+        dtype: Of the models in memory, which is the one that mergekit computes in.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        engine: Engine,
+        resolver: Resolver,
+        outputs: Mapping[str, Slot],
+        dtype: torch.dtype,
+    ) -> None:
+        self._arena = arena
+        self._engine = engine
+        self._resolver = resolver
+        self._outputs = outputs
+        self._dtype = dtype
+        self._bound: dict[str, Bound] = {}
+        self._last: tuple[str, NDArray[np.float32]] | None = None
+
+    def forget(self) -> None:
+        """Write everything anew next time: the model may hold anything."""
+        self._last = None
+
+    def resolve(self, recipe: dict[str, Any]) -> Resolved | None:
+        """Return the recipe with its parameters resolved; None if it has no fast form."""
+        if recipe.get("merge_method") not in coefficients.METHODS:
+            return None
+        wanted = str(self._dtype).removeprefix("torch.")
+        if recipe.get("dtype") not in (None, wanted) or recipe.get("out_dtype") not in (None, wanted):
+            return None
+        return self._resolver.resolve(recipe)
+
+    def merge(self, resolved: Resolved) -> int | None:
+        """Write what changed; return the bytes written, or None if this structure has no fast form.
+
+        Raises:
+            StageError: If a value is not finite. Everything is written anew next time.
+        """
+        skeleton = resolved.skeleton
+        bound = self._bound.get(skeleton.key)
+        if bound is None:
+            bound = self._bound[skeleton.key] = Bound(skeleton, self._arena, self._outputs)
+        if not bound.covers:
+            return None
+        weights = coefficients.METHODS[skeleton.method](resolved, self._dtype)
+        effective = bound.effective(weights)
+        last, self._last = self._last, None
+        changed = np.ones(len(effective), dtype=bool)
+        if last is not None and last[0] == skeleton.key:
+            changed = (effective != last[1]).any(axis=1)
+        spans = _spans(effective, changed, bound.follows)
+        works = [bound.work(a, b, effective[a], shifts=weights.shifts) for a, b in spans]
+        bad = self._engine.run(works)
+        if bad:
+            start, stop = spans[bad[0]]
+            raise StageError("merge", self._complaint(bound, start, stop))
+        self._last = (skeleton.key, effective)
+        width = self._arena.buffers[bound.out[0].buffer].element_size()
+        return sum(bound.out[i].stop - bound.out[i].start for i in np.flatnonzero(changed)) * width
+
+    def _complaint(self, bound: Bound, start: int, stop: int) -> str:
+        import torch
+
+        for index in range(start, stop):
+            slot = bound.out[index]
+            if not bool(torch.isfinite(self._arena.buffers[slot.buffer][slot.start : slot.stop]).all()):
+                return f"tensor `{bound.names[index]}` has values that are NaN or infinite after merging"
+        return "the merge has values that are NaN or infinite"
+
+
+def _spans(
+    rows: NDArray[np.float32], changed: NDArray[np.bool_], follows: NDArray[np.bool_]
+) -> list[tuple[int, int]]:
+    """Return ranges of neighbouring, changed targets with equal rows."""
+    joins = follows.copy()
+    joins[1:] &= (rows[1:] == rows[:-1]).all(axis=1) & changed[:-1]
+    spans: list[tuple[int, int]] = []
+    for index in np.flatnonzero(changed).tolist():
+        if joins[index]:
+            spans[-1] = (spans[-1][0], index + 1)
+        else:
+            spans.append((index, index + 1))
+    return spans
+
+
+def _span(first: Slot, last: Slot) -> Slot:
+    return Slot(first.buffer, first.start, last.stop)
+
+
+def _place(slot: Slot) -> tuple[int, int]:
+    return slot.buffer, slot.start
