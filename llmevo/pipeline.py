@@ -138,7 +138,7 @@ class MergePipeline:
         try:
             with _timed(seconds, stage):
                 merged = self._recipes.recipe(job.params) if job.recipe is None else job.recipe
-                sizes[stage] = self._merger.merge(merged, job.seed)
+                sizes[stage] = self._merger.merge(merged, job.seed, exact=job.exact)
             stage = "evaluate"
             with _timed(seconds, stage):
                 score, metrics = self._evaluator.evaluate(job.split, rung=job.rung)

@@ -113,15 +113,18 @@ class Answers:
         ]
 
     def _likelihoods(self, sweep: Requests) -> list[Any]:
-        run = self._lm._loglikelihood_tokens
-        if sweep.kind == "loglikelihood":
-            answers = run(sweep.tokens, disable_tqdm=True)
+        answers: list[tuple[float, bool]]
+        if sweep.packing is not None:
+            answers = self._lm.answer(sweep.packing)
+        elif sweep.kind == "loglikelihood":
+            answers = self._lm._loglikelihood_tokens(sweep.tokens, disable_tqdm=True)
         else:
             # HFLM sends windows through one batch at a time; sorting them all first would pad differently.
             size = self._lm.batch_size
             answers = []
             for start in range(0, len(sweep.tokens), size):
-                answers += run(sweep.tokens[start : start + size], disable_tqdm=True)
+                part = sweep.tokens[start : start + size]
+                answers += self._lm._loglikelihood_tokens(part, disable_tqdm=True)
         if not all(math.isfinite(likelihood) for likelihood, _ in answers):
             raise StageError("evaluate", "the model's logits are not finite.")
         if sweep.kind == "loglikelihood":

@@ -22,6 +22,7 @@ from llmevo.evaluate.parts import Part, parts_of
 from llmevo.evaluate.tasks import task_manager
 
 if TYPE_CHECKING:
+    from llmevo.evaluate.packing import Packing
     from llmevo.genome import Genome
     from llmevo.trial import Split
 
@@ -40,12 +41,14 @@ class Requests:
         instances: lm-eval's instances, each as often as it is repeated.
         tokens: Requests as `_loglikelihood_tokens` takes them; empty for `generate_until`.
         owners: Index of the instance of each entry of `tokens`.
+        packing: How `tokens` are computed; None where lm-eval does that by itself.
     """
 
     kind: str
     instances: list[Any]
     tokens: list[tuple[Any, list[int], list[int]]] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
+    packing: Packing | None = None
 
 
 @final

@@ -15,7 +15,7 @@ from llmevo.errors import StageError
 from llmevo.evaluate.answers import Answers
 from llmevo.evaluate.measures import gold, per_item
 from llmevo.evaluate.parts import Part
-from llmevo.evaluate.plan import SPLITS, Plan, Segment, build_plan, fingerprint, quiet
+from llmevo.evaluate.plan import SPLITS, Plan, Requests, Segment, build_plan, fingerprint, quiet
 from llmevo.evaluate.tasks import GOLD_METRICS
 from llmevo.trial import Score, standard_error
 
@@ -88,6 +88,10 @@ class Evaluator:
             self._lm.batch_size_per_gpu = self._plan.batch_size = _batch_size(self._plan, model, self._device)
         self._golds = {name: _golds(task, self._plan, name) for name, task in self._plan.tasks.items()}
         self._fingerprint = fingerprint(self._plan)
+        with quiet():
+            self._lm.check(_sample(self._plan))
+            for requests in self._likelihoods():
+                requests.packing = self._lm.pack(requests.tokens)
         self._answers = Answers(self._lm, self._device, cache)
 
     def evaluate(
@@ -163,7 +167,9 @@ class Evaluator:
 
         `items` by task and split, `weights` and `signs` by term of the score, `batch_size`, `chat_template`,
         `fewshot` by task, `truncated` requests by split, `rungs` (items by task that each rung of the search
-        has, the last one all), and `fingerprint`, which changes with any prompt.
+        has, the last one all), `packed` (requests for log-likelihoods that are computed on shared
+        tokens and those that are left to lm-eval, with the reason), and `fingerprint`, which changes with any
+        prompt.
         """
         plan = self._plan
         longest = self._lm.max_length + 1
@@ -179,7 +185,25 @@ class Evaluator:
                 for s in SPLITS
             },
             "rungs": [dict(rung) for rung in plan.rungs],
+            "packed": self._packed(),
             "fingerprint": self._fingerprint,
+        }
+
+    def _likelihoods(self) -> list[Requests]:
+        return [r for split in SPLITS for r in self._plan.requests(split) if r.tokens]
+
+    def _packed(self) -> dict[str, Any]:
+        """How many requests for log-likelihoods are packed, what that saves, and why not all are."""
+        sweeps = self._likelihoods()
+        packings = [r.packing for r in sweeps if r.packing is not None]
+        packed = sum(len(r.tokens) for r in sweeps if r.packing is not None)
+        return {
+            "requests": {"packed": packed, "plain": sum(len(r.tokens) for r in sweeps) - packed},
+            "tokens": {
+                "asked": sum(p.tokens for p in packings),
+                "computed": sum(p.computed for p in packings),
+            },
+            "why_not": self._lm.why_not,
         }
 
     def _raw(self, name: str, rows: list[list[Any]]) -> _Raw:
@@ -204,6 +228,23 @@ class Evaluator:
                 for metric, value in gold(likelihoods, golds[0]).items():
                     raw.setdefault((metric, "none"), []).append(value)
         return raw
+
+
+def _sample(plan: Plan) -> list[Any]:
+    """The requests of two short items, and of one short text, for comparing packed and plain answers."""
+    sample: list[Any] = []
+    for requests in plan.segments["search"][0].requests:
+        by_item: dict[tuple[str, int], list[Any]] = {}
+        for tokens, owner in zip(requests.tokens, requests.owners, strict=True):
+            instance = requests.instances[owner]
+            by_item.setdefault((instance.task_name, instance.doc_id), []).append(tokens)
+        items = sorted(by_item.values(), key=lambda item: sum(len(t[1]) + len(t[2]) for t in item))
+        sample += [
+            tokens for item in items[: 2 if requests.kind == "loglikelihood" else 1] for tokens in item
+        ]
+        if sample:
+            break
+    return sample
 
 
 def _golds(task: Any, plan: Plan, name: str) -> dict[int, tuple[list[int], int]]:

@@ -136,9 +136,9 @@ def test_the_same_weights_are_not_asked_twice(
     assert not first.known("search", 2, "w")
     assert not first.known("search", None, "w")
     broken = (copy.deepcopy(llama[0]), llama[1])
+    other = make(broken, task_folder, cache)  # another process, whose model must not be asked
     with torch.no_grad():
         broken[0].model.norm.weight.fill_(float("nan"))
-    other = make(broken, task_folder, cache)  # another process, whose model must not be asked
     assert other.known("search", 1, "w")
     assert other.known("holdout", None, "w")
     (tmp_path / "answers.db").unlink()  # known is a promise, whatever happens to the file

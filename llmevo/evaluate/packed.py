@@ -1,0 +1,173 @@
+"""Log-likelihoods from packed tokens: forward passes and the reading of logits.
+
+Imported only where torch and transformers are in use already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from llmevo.evaluate.attention import Layout, NotPackable, laid_out, packed_attention
+from llmevo.evaluate.packing import Batch, Limits, Packing, pack
+from llmevo.evaluate.trie import Costs
+
+# A CPU multiplies 512 rows as fast as any number, and what lies between the products stays in its caches. An
+# accelerator wants thousands, and waits for each of a pass's many small steps.
+_CPU = Limits(512, 512), 16.0
+_ACCELERATOR = Limits(16384, 4096), 4096.0
+_ATTENTION = 2.5  # how much longer an operation of the attention takes than one of the linear layers
+_ROWS = 64  # logits that are read at once
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+_MOVING_ROTATIONS = ("dynamic", "longrope")
+
+
+@final
+class PackedModel:
+    """Answers requests on packed tokens.
+
+    Args:
+        model: A decoder of transformers; its weights may change.
+        longest: Tokens of the longest input.
+
+    Raises:
+        NotPackable: The model's configuration says that it cannot be done.
+    """
+
+    def __init__(self, model: PreTrainedModel, longest: int) -> None:
+        _refuse(model)
+        self._model = model
+        self._longest = longest
+        self._limits, group = _CPU if model.device.type == "cpu" else _ACCELERATOR
+        self._costs = Costs(_pair_cost(model), group)
+        self._window = _window(model)
+        self._layers = int(model.config.get_text_config().num_hidden_layers)
+
+    def settings(self) -> list[float]:
+        """What batches follow from, beside the requests."""
+        return [self._costs.pair, self._costs.group, self._limits.tokens, self._limits.logits]
+
+    def pack(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> Packing:
+        """The batches that answer `requests`; no context or continuation may be empty.
+
+        Raises:
+            NotPackable: A request is longer than the model's sliding window.
+        """
+        plain = [(context, continuation) for _, context, continuation in requests]
+        packing = pack(plain, self._longest, self._costs, self._limits)
+        if packing.longest > self._window:
+            raise NotPackable(
+                f"a request of {packing.longest} tokens is longer than its sliding window of {self._window}"
+            )
+        return packing
+
+    def answer(self, packing: Packing) -> list[tuple[float, bool]]:
+        """The log-likelihood of each request's continuation, and whether greedy decoding would give it.
+
+        Raises:
+            NotPackable: A layer asks for an attention that is not done here.
+        """
+        device = self._model.device
+        values = torch.empty(packing.pairs, dtype=torch.float32, device=device)
+        greedy = torch.empty(packing.pairs, dtype=torch.bool, device=device)
+        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        with torch.inference_mode(), packed_attention(self._model):
+            for batch in packing.batches:
+                if batch.computes_prefix or not batch.start:
+                    kept = {}
+                slots = torch.from_numpy(batch.slots).to(device)
+                values[slots], greedy[slots] = self._run(batch, packing.longest, kept)
+        sums = np.add.reduceat(values.cpu().numpy().astype(np.float64), packing.first)
+        alls = np.logical_and.reduceat(greedy.cpu().numpy(), packing.first)
+        return list(zip(sums.tolist(), alls.tolist(), strict=True))
+
+    def _run(
+        self, batch: Batch, longest: int, kept: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward pass: the log-probability of each pair, and whether its target is the likeliest."""
+        device = self._model.device
+        layout = Layout(batch, device, self._model.dtype, longest, kept)
+        with laid_out(layout):
+            logits = self._model(
+                input_ids=torch.from_numpy(batch.tokens)[None].to(device),
+                position_ids=torch.from_numpy(batch.positions)[None].to(device),
+                logits_to_keep=torch.from_numpy(batch.logits).to(device),
+                use_cache=False,
+            ).logits[0]
+        if layout.calls != self._layers or len(logits) != len(batch.logits):
+            raise NotPackable("not every one of its layers attends as decoders do")
+        rows = torch.from_numpy(batch.rows).to(device)
+        targets = torch.from_numpy(batch.targets).to(device)
+        return _read(logits, rows, targets)
+
+
+def _read(
+    logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities, in float32, and greediness of (row, target) pairs; destroys `logits`.
+
+    `torch.logsumexp` would take twice as long as the product that makes the logits.
+    """
+    picked = logits[rows, targets]
+    highest = logits.amax(-1)
+    greedy = picked == highest[rows]
+    if bool(greedy.any()):  # of equal logits, the first is greedy decoding's
+        among = rows[greedy]
+        greedy[greedy.clone()] = logits.index_select(0, among).argmax(-1) == targets[greedy]
+    totals = []
+    for first in range(0, len(logits), _ROWS):
+        exact = logits[first : first + _ROWS].float()
+        most = highest[first : first + _ROWS].float()
+        totals.append(exact.sub_(most[:, None]).exp_().sum(-1).log_())
+    values = picked.float() - highest[rows].float() - torch.cat(totals)[rows]
+    return values, greedy
+
+
+def _refuse(model: PreTrainedModel) -> None:
+    """Raise NotPackable where the configuration says that tokens depend on more than those that they see."""
+    config = model.config
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotPackable("it is an encoder and a decoder")
+    odd = sorted(set(getattr(text, "layer_types", None) or ()) - _PLAIN_LAYERS)
+    if odd:
+        raise NotPackable(f"it has layers of type {', '.join(odd)}")
+    rotation = getattr(text, "rope_parameters", None) or {}
+    kinds = [
+        rotation.get("rope_type"),
+        *(r.get("rope_type") for r in rotation.values() if isinstance(r, dict)),
+    ]
+    for kind in kinds:
+        if kind in _MOVING_ROTATIONS:
+            raise NotPackable(f"its positions ({kind}) depend on the longest request in a batch")
+    with packed_attention(model):
+        pass
+
+
+def _window(model: PreTrainedModel) -> float:
+    """Tokens of the narrowest sliding window; infinity without one."""
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    return (getattr(text, "sliding_window", None) or math.inf) if slides else math.inf
+
+
+def _pair_cost(model: PreTrainedModel) -> float:
+    """One query's attention to one key, in units of one token's way through the linear layers."""
+    text = model.config.get_text_config()
+    ends = {id(layer.weight) for layer in _ends(model)}
+    weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in ends)
+    heads = int(text.num_attention_heads)
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return float(_ATTENTION * 2 * heads * width * text.num_hidden_layers / max(weights, 1))
+
+
+def _ends(model: PreTrainedModel) -> list[Any]:
+    """The embedding and the head."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [layer for layer in layers if layer is not None]
