@@ -135,6 +135,47 @@ def _bca(
     return corrected(tails[0]), corrected(tails[1])
 
 
+def paired_p_value(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    *,
+    weights: Mapping[str, float] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p-value that `a` and `b` score equally well on the same items.
+
+    The exact McNemar test where every item was answered right or wrong and all tasks weigh the same.
+    Otherwise the paired bootstrap: how often the weighted mean of resampled differences is as far from the
+    observed one as that is from zero (Efron and Tibshirani 1993, ch. 16), at least 1 / (resamples + 1).
+
+    Args:
+        a: Per-item scores by task, as in `Score.items`.
+        b: The same tasks and items, in the same order.
+        weights: Weight by task; 1 for a task without one.
+        resamples: Bootstrap samples, at least 100.
+        seed: Of the bootstrap.
+
+    Raises:
+        StatsError: The tasks or their numbers of items differ, an item is not finite, or `resamples` < 100.
+    """
+    if resamples < 100:
+        raise StatsError(f"`resamples >= 100` must hold, but got {resamples}.")
+    pairs = _pairs(a, b)
+    sizes = {task: float((weights or {}).get(task, 1.0)) for task in pairs}
+    first, second = (np.concatenate([pair[side] for pair in pairs.values()]) for side in (0, 1))
+    levels = set(np.unique(np.concatenate([first, second])).tolist())
+    if len(set(sizes.values())) == 1 and any(levels <= {wrong, wrong + 1.0} for wrong in (0.0, -1.0)):
+        right = ((side > min(levels)).astype(float).tolist() for side in (first, second))
+        return mcnemar(*right)
+    strata = [(sizes[task], x - y) for task, (x, y) in pairs.items()]
+    observed = math.fsum(weight * float(d.mean()) for weight, d in strata)
+    apart = np.abs(_bootstrap(strata, resamples, seed) - observed)
+    # Sums of 0/1 differences fall on a grid: what is as far to within rounding is as far.
+    as_far = int((apart >= abs(observed) - 1e-9 * max(1.0, abs(observed))).sum())
+    return (1 + as_far) / (1 + resamples)
+
+
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided exact p-value that two models are right equally often on the same 0/1 items.
 

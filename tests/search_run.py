@@ -42,17 +42,23 @@ class FunctionExecutor:
 
     Args:
         gain: How far the best weights lift the skill; 0 for a search in which nothing matters.
+        direction: Of the search. Items that are answered are better under both, as an evaluator has them.
+        rungs: Items of each task on each rung below the last.
     """
 
     workers = 1
 
-    def __init__(self, gain: float = 1.0) -> None:
+    def __init__(self, gain: float = 1.0, direction: str = "maximize", rungs: tuple[int, ...] = ()) -> None:
         self._gain = gain
+        self._sign = 1.0 if direction == "maximize" else -1.0
+        self._rungs = rungs
         self.jobs = 0
 
     def describe(self) -> dict[str, Any]:
-        items = {split: dict.fromkeys(TASKS, count) for split, count in ITEMS.items()}
-        return {"items": items, "weights": dict.fromkeys(TASKS, 0.5), "device": "cpu"}
+        items = {task: dict(ITEMS) for task in TASKS}
+        facts = {"items": items, "weights": dict.fromkeys(TASKS, 0.5), "device": "cpu"}
+        sizes = [*self._rungs, ITEMS["search"]]
+        return {**facts, "rungs": [dict.fromkeys(TASKS, size) for size in sizes]}
 
     def submit(self, job: Job) -> Future[Outcome]:
         self.jobs += 1
@@ -77,19 +83,23 @@ class FunctionExecutor:
         items = {}
         for task in TASKS:
             level = hard.random(ITEMS[job.split]) + 0.1 * luck.standard_normal(ITEMS[job.split])
-            items[task] = [float(value < skill) for value in level]
+            count = None if job.rung is None else self._rungs[job.rung]
+            items[task] = [float(value < skill) for value in level[:count]]
         means = [float(np.mean(values)) for values in items.values()]
         errors = [float(np.std(values, ddof=1)) / len(values) ** 0.5 for values in items.values()]
-        score = Score(sum(means) / 2, float(np.hypot(*errors)) / 2, items)
+        score = Score(self._sign * sum(means) / 2, float(np.hypot(*errors)) / 2, items)
         metrics = {task: {"acc,none": mean} for task, mean in zip(TASKS, means, strict=True)}
         return Outcome(job.number, score, metrics, {"merge": 0.1, "evaluate": 0.4})
 
 
-def finished(folder: Path, gain: float = 1.0, limit: int | None = None, **search: Any) -> Path:
+def finished(
+    folder: Path, gain: float = 1.0, limit: int | None = None, rungs: tuple[int, ...] = (), **search: Any
+) -> Path:
     """Make a run and return its directory."""
     text = yaml.safe_dump(genome_data(**search))
     (folder / "genome.yaml").write_text(text)
     run_dir = folder / "run"
     genome = genomes.parse(text)
-    runner.run(genome, text, run_dir, observer=NoDisplay(), executor=FunctionExecutor(gain), limit=limit)
+    executor = FunctionExecutor(gain, search.get("direction", "maximize"), rungs)
+    runner.run(genome, text, run_dir, observer=NoDisplay(), executor=executor, limit=limit)
     return run_dir

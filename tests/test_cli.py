@@ -244,6 +244,11 @@ def test_a_dry_run_estimates_from_what_was_measured(llmevo: Any, task_genome: Pa
     )  # fmt: skip
     called = llmevo("run", task_genome, "--dry-run", "--json", "--run-dir", folder / "second")
     data = json.loads(called.out)
+    assert data["rungs"] == "rungs: none, every trial answers all 80 items"
+    few = llmevo(
+        "run", task_genome, "--dry-run", "--set", "search.halving.first=20", "--run-dir", folder / "x"
+    )
+    assert "from 20 items on, 2 times as many for one trial in 2" in few.out  # another workload: not measured
     assert "a trial, the mean of 10 in" in data["estimate_from"]
     assert data["seconds"] == pytest.approx(24 * 0.5, rel=0.2)
     again = json.loads(llmevo("run", task_genome, "--dry-run", "--json", "--run-dir", folder / "first").out)
@@ -295,7 +300,7 @@ def test_status_and_its_json(llmevo: Any, run_dir: Path) -> None:
     data = json.loads(llmevo("status", run_dir, "--json").out)
     assert data["trials"] == {"pending": 0, "complete": 22, "failed": 2}
     assert sum(data["origins"].values()) == 24
-    assert [row["label"] for row in data["held_out"]][-1] == "evolved"
+    assert [row["label"] for row in data["held_out"]][-3:] == ["evolved", "evolved:2", "evolved:3"]
     assert data["held_out_items"] == 400
 
 
@@ -439,7 +444,7 @@ def test_a_real_run_is_interrupted_continued_and_exported(tiny_llamas: Any, tmp_
     ended = _run("run", "genome.yaml", "--json", folder=tmp_path)
     data = json.loads(ended.stdout)
     assert data["trials"]["complete"] == 40
-    assert [row["label"] for row in data["held_out"]][-1] == "evolved"
+    assert [row["label"] for row in data["held_out"]][-3:] == ["evolved", "evolved:2", "evolved:3"]
     assert "continuing after" in ended.stderr
     assert "Traceback" not in ended.stderr
 

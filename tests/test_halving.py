@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import random
@@ -23,7 +24,7 @@ from test_runner import text as text
 
 from llmevo import genome as genomes
 from llmevo import runner
-from llmevo.cli.display import NoDisplay
+from llmevo.cli.display import NoDisplay, PlainDisplay
 from llmevo.errors import StoreError
 from llmevo.pipeline import Job, Outcome
 from llmevo.runner.replay import replay
@@ -273,3 +274,48 @@ def test_a_failed_commit_of_a_rung_is_no_result(
         with pytest.raises(StoreError, match="disk is full"):
             run(text, tmp_path / "run", work=prefix, facts=FACTS)
     assert same(run(text, tmp_path / "run", work=prefix, facts=FACTS).trials) == same(whole.trials)
+
+
+def test_what_was_loaded_and_what_is_cut_off_is_said_once(text: str, tmp_path: Path) -> None:
+    def cut(job: Job) -> Outcome:
+        return replace(prefix(job), metrics={"t": {"acc,none": 0.5, "truncated,none": 0.2}})
+
+    facts = {**FACTS, "memory": {"mode": "resident", "deltas_bytes": 3 * 2**28}, "packed": {"requests": 12}}
+    observer = Recorder()
+    run(text, tmp_path / "run", work=cut, facts=facts, observer=observer, limit=12)
+    assert observer.notes.count("memory: mode resident, deltas bytes 768 MiB") == 1
+    assert observer.notes.count("packed: requests 12") == 1
+    rungs = "rungs: 4, 8, 16 of 30 items, after each of which one trial in 2 goes on"
+    assert observer.notes.count(rungs) == 1
+    said = [note for note in observer.notes if "cut off" in note]
+    assert said == [
+        "t: 20% of trial 0's answers were cut off at the longest allowed length (max_gen_toks) before they "
+        "had ended"
+    ]
+
+
+def test_the_time_that_is_left_does_not_count_loading(text: str, tmp_path: Path) -> None:
+    stream = io.StringIO()
+
+    class Slow:
+        """Loads for half a second; a trial then says that it took a tenth of one."""
+
+        workers = 1
+
+        def describe(self) -> dict[str, Any]:
+            time.sleep(0.5)
+            return FACTS
+
+        def submit(self, job: Job) -> Future[Outcome]:
+            done: Future[Outcome] = Future()
+            done.set_result(replace(prefix(job), seconds={"evaluate": 0.1}))
+            return done
+
+        def shutdown(self, cancel: bool = False) -> None:
+            pass
+
+    genome = genomes.parse(text)
+    runner.run(genome, text, tmp_path / "run", observer=PlainDisplay(stream), executor=Slow(), limit=4)
+    first = next(line for line in stream.getvalue().splitlines() if line.startswith("trial   0"))
+    seconds = float(first.split("left ")[1].split(" s")[0])
+    assert 2.3 <= seconds < 4  # 23 trials of a tenth of a second each; loading would make it fourteen

@@ -13,9 +13,10 @@ import pytest
 from search_run import NASTY, finished
 
 from llmevo import report
-from llmevo.cli import card
+from llmevo.cli import card, console
 from llmevo.report import figures, svg
-from llmevo.report.findings import Findings, load, number, signed
+from llmevo.report.findings import Findings, load
+from llmevo.report.words import number, signed
 from llmevo.trial import State, Trial
 
 pytest.importorskip("mergekit")
@@ -181,7 +182,10 @@ def test_minimising_turns_the_verdict_round(tmp_path: Path) -> None:
     row = findings.winner
     assert row is not None
     assert row.interval is not None
-    sure = row.interval.high < 0
+    assert row.interval.low > 0  # items that more models answer are better, whatever the score's sign
+    assert row.p_value is not None
+    assert row.p_value < 0.01
+    sure = True
     assert ("beats the best parent" in findings.headline()) == sure
     assert not parsed(report.render(findings)).wrong
 
@@ -253,3 +257,89 @@ def test_records_are_the_trials_that_were_best(findings: Findings) -> None:
             best = trial.value
             expected.append(trial)
     assert findings.records() == {trial.number for trial in expected}
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    return load(finished(tmp_path_factory.mktemp("halved"), rungs=(8, 16)))
+
+
+def test_a_halved_run_says_what_was_saved_and_what_a_score_rests_on(halved: Findings) -> None:
+    effort = halved.effort()
+    assert effort is not None
+    sizes = {0: 16, 1: 32, None: 80}
+    scores = [trial.score for trial in halved.trials if trial.score is not None]
+    assert (effort.scored, effort.without) == (sum(sizes[s.rung] for s in scores), 80 * len(scores))
+    assert effort.scored < 0.7 * effort.without
+    saved = effort.without - effort.scored
+    text = console.status(halved)
+    assert f"{effort.scored} scored; halving saved {saved} of {effort.without}" in text
+    assert f"{saved} of {effort.without} saved by halving" in report.render(halved)
+    data = halved.to_json()
+    assert data["rungs"] == [16, 32, 80]
+    assert data["items"] == {"scored": effort.scored, "without": effort.without}
+    assert data["best"]["score"]["rung"] is None
+    dropout = next(trial for trial in halved.trials if trial.score and trial.score.rung == 0)
+    assert "(16 of 80 items)" in console.show(halved, dropout, None)
+    assert "items)" not in console.scored(halved, halved.summary.best or dropout)
+
+
+def test_dropouts_are_no_records_and_no_best(halved: Findings) -> None:
+    whole = {t.number for t in halved.trials if t.score is not None and t.score.rung is None}
+    assert halved.records() <= whole
+    numbers, values = figures._best_so_far(halved.trials, maximize=True)
+    assert set(numbers) == whole
+    assert values == sorted(values)
+    page = parsed(report.render(halved))
+    assert not page.wrong
+    assert "Small marks dropped out early" in " ".join(page.text)
+
+
+def test_the_table_has_a_p_value_for_each_finalist_and_the_optimism_of_all(findings: Findings) -> None:
+    rows = findings.summary.table
+    assert [row.label for row in rows if row.p_value is not None] == ["evolved", "evolved:2", "evolved:3"]
+    assert all(row.optimism is not None for row in rows)
+    text = console.held_out(findings)
+    assert "optimism" in text.splitlines()[0]
+    for row in rows:
+        assert row.optimism is not None
+        assert signed(row.optimism) in text
+    assert [row["p_value"] for row in findings.to_json()["held_out"]] == [row.p_value for row in rows]
+
+
+def test_the_verdict_follows_the_corrected_p_value(findings: Findings) -> None:
+    """Not the interval alone: with three finalists, one test in seven would call noise a gain."""
+    said = findings.verdict()
+    assert "Of 3 finalists, with Holm's correction, evolved (p = " in said
+    assert "the best of many noisy scores flatters itself" in said
+
+    def with_p(value: float) -> Findings:
+        rows = [
+            replace(row, p_value=value) if row.p_value is not None else row for row in findings.summary.table
+        ]
+        return replace(findings, summary=replace(findings.summary, table=tuple(rows)))
+
+    unsure = with_p(0.2)
+    assert unsure.headline() == "No gain over the best parent that is larger than the noise"
+    assert "None of the 3 finalists beats it" in unsure.verdict()
+    assert with_p(0.01).headline() == findings.headline()
+
+
+def test_answers_that_were_cut_off_are_a_note(findings: Findings) -> None:
+    assert findings.notes() == []
+    best = findings.summary.best
+    assert best is not None
+
+    def cut(trial: Trial) -> Trial:
+        share = 0.5 if trial.number == 6 else 0.08 if trial.number == best.number else 0.01
+        return replace(trial, metrics={"gsm": {"exact_match,strict": 0.1, "truncated,strict": share}})
+
+    trials = tuple(cut(trial) for trial in findings.trials)
+    summary = replace(findings.summary, trials=trials, best=trials[best.number])
+    noted = replace(findings, summary=summary)
+    (note,) = noted.notes()
+    assert note.startswith("gsm: of the answers, 50 % of trial 6 and 8 % of the best trial were cut off")
+    for text in (console.status(noted), console.end_of_run(noted), report.render(noted)):
+        assert "were cut off" in " ".join(text.split())
+    few = tuple(replace(trial, metrics={"gsm": {"truncated,strict": 0.05}}) for trial in trials)
+    assert replace(noted, summary=replace(summary, trials=few)).notes() == []

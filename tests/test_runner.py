@@ -25,6 +25,7 @@ from llmevo.errors import GenomeError, ProposerError, RunLockedError, StoreError
 from llmevo.genome import Genome
 from llmevo.pipeline import Job, Outcome
 from llmevo.runner.observer import RunInfo, RunSummary
+from llmevo.stats import holm, paired_p_value
 from llmevo.store import Store
 from llmevo.trial import Score, State, Trial
 
@@ -198,6 +199,14 @@ def test_the_table_is_of_held_out_items(text: str, tmp_path: Path) -> None:
             assert parent.score is not None
             assert row.interval.estimate == pytest.approx(row.score.value - parent.score.value)
             assert row.interval.level == (0.975 if row.label.startswith("evolved") else 0.95)
+        assert row.score is not None
+        assert row.trial.score is not None
+        assert row.optimism == row.trial.score.value - row.score.value
+    evolved = [row for row in summary.table if row.label.startswith("evolved")]
+    assert parent.score is not None
+    alone = [paired_p_value(row.score.items, parent.score.items) for row in evolved if row.score]
+    assert [row.p_value for row in evolved] == holm(alone)
+    assert all(row.p_value is None for row in summary.table if row not in evolved)
     assert run(text, tmp_path / "none", "evaluate.holdout=0").table == ()
 
 
@@ -266,7 +275,7 @@ def test_a_larger_budget_goes_on(text: str, tmp_path: Path) -> None:
     more = run(text, tmp_path / "run", "search.trials=16")
     assert same(more.trials) == same(run(text, tmp_path / "whole", "search.trials=16").trials)
     labels = [row.label for row in more.table]
-    assert len(labels) == len(set(labels)) == 4
+    assert len(labels) == len(set(labels)) == 6
 
 
 def test_another_genome_is_refused_with_the_difference(text: str, tmp_path: Path) -> None:
@@ -442,8 +451,8 @@ def test_without_references_the_first_trial_is_the_proposers(text: str, tmp_path
     summary = run(text, tmp_path / "run", "search.references=false", "search.trials=7")
     assert summary.references == ()
     assert {trial.origin for trial in summary.trials} == {"cma"}
-    assert [row.label for row in summary.table] == ["evolved"]
-    assert summary.table[0].interval is None
+    assert [row.label for row in summary.table] == ["evolved", "evolved:2", "evolved:3"]
+    assert {(row.interval, row.p_value) for row in summary.table} == {(None, None)}
 
 
 def test_warm_starts_come_after_the_references(text: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats as reference
 
 from llmevo.errors import StatsError
-from llmevo.stats import holm, mcnemar, paired_difference, wilson
+from llmevo.stats import holm, mcnemar, paired_difference, paired_p_value, wilson
 
 BITS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
 
@@ -138,3 +138,42 @@ def test_what_cannot_be_compared_is_refused(a: dict, b: dict, options: dict, mes
         wilson(3, 2)
     with pytest.raises(StatsError, match="must lie in"):
         holm([1.5])
+
+
+def test_right_and_wrong_answers_are_tested_exactly() -> None:
+    rng = np.random.default_rng(0)
+    a, b = ({t: (rng.random(60) < 0.6).astype(float).tolist() for t in "xy"} for _ in range(2))
+    exact = mcnemar(a["x"] + a["y"], b["x"] + b["y"])
+    assert paired_p_value(a, b) == paired_p_value(a, b, weights={"x": 0.5, "y": 0.5}) == exact
+    # Items that are better when right are negated where fewer right answers are wanted.
+    negated = [{t: [-v for v in values] for t, values in side.items()} for side in (a, b)]
+    assert paired_p_value(*negated) == exact
+    assert paired_p_value(a, b, weights={"x": 0.9, "y": 0.1}) != exact
+    assert paired_p_value(a, a) == 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.35])
+def test_the_bootstraps_p_value_is_about_students(shift: float) -> None:
+    rng = np.random.default_rng(1)
+    gaps = rng.normal(shift, 1.0, 200)
+    base = rng.normal(0.0, 3.0, 200)
+    got = paired_p_value({"t": (base + gaps).tolist()}, {"t": base.tolist()})
+    expected = reference.ttest_1samp(gaps, 0.0).pvalue
+    assert got == pytest.approx(expected, abs=0.02)
+
+
+def test_the_bootstraps_p_value_keeps_its_level() -> None:
+    rng = np.random.default_rng(2)
+    found = []
+    for _ in range(300):
+        gaps = rng.exponential(1.0, 80) - 1.0  # skewed, and no difference
+        zeros = {"t": [0.0] * 80}
+        found.append(paired_p_value({"t": gaps.tolist()}, zeros, resamples=400) <= 0.05)
+    assert 0.02 <= np.mean(found) <= 0.10
+
+
+def test_p_values_refuse_what_cannot_be_compared() -> None:
+    with pytest.raises(StatsError, match="same items"):
+        paired_p_value({"t": [1.0]}, {"t": [1.0, 0.0]})
+    with pytest.raises(StatsError, match="resamples"):
+        paired_p_value({"t": [1.0]}, {"t": [0.0]}, resamples=1)

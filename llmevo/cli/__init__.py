@@ -76,6 +76,9 @@ def run(
         int | None, typer.Option("--seed", min=0, help="Everything random follows from it.")
     ] = None,
     overrides: Overrides = None,
+    reference_eval: Annotated[
+        bool, typer.Option("--reference-eval", help="Score with lm-eval's own forward passes throughout.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; load no weights and write nothing.")
     ] = False,
@@ -93,6 +96,7 @@ def run(
     """Begin a run, or continue the one that lies in its directory."""
     flags = (("search.trials", trials), ("search.proposer", proposer), ("search.seed", seed))
     given = [f"{key}={value}" for key, value in flags if value is not None]
+    given += ["evaluate.reference=true"] if reference_eval else []
     genome = _load(genome_path, [*(overrides or []), *given])
     folder = run_dir or Path(genome.run.dir or Path("runs") / genome_path.stem)
     if dry_run:
@@ -233,13 +237,13 @@ def show(
     if as_json:
         _print_json({**trial.to_json(), "recipe": recipe})
     else:
-        _print(console.show(trial, _yaml(recipe)))
+        _print(console.show(findings, trial, _yaml(recipe)))
 
 
 @app.command()
 def best(run_path: RunPath, as_json: Json = False, verbose: Verbose = False) -> None:
     """Print the best trial's recipe, a mergekit configuration."""
-    from llmevo.cli.display import score_text
+    from llmevo.cli.console import scored
     from llmevo.report.findings import load, trial_json
 
     findings = load(run_path)
@@ -249,7 +253,7 @@ def best(run_path: RunPath, as_json: Json = False, verbose: Verbose = False) -> 
         verdict = {"headline": findings.headline(), "verdict": findings.verdict()}
         _print_json({"trial": trial_json(trial), "recipe": recipe, **verdict})
         return
-    print(f"# trial {trial.number} by {trial.origin}: {score_text(trial)}", file=sys.stderr)
+    print(f"# trial {trial.number} by {trial.origin}: {scored(findings, trial)}", file=sys.stderr)
     _print(_yaml(recipe))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from llmevo.cli.display import score_text
-from llmevo.report.findings import Findings, interval, number, percent, signed
+from llmevo.cli.console import scored
+from llmevo.report.findings import Findings
+from llmevo.report.words import interval, number, percent, signed
 from llmevo.runner.observer import Row
 from llmevo.trial import Trial
 
@@ -48,7 +49,7 @@ Base model: {f"`{base}`" if base else "none"}
 
 {_evidence(findings, trial)}
 
-In the search it scored {score_text(trial)}, on items that were used to choose it, which flatters it.
+In the search it scored {scored(findings, trial)}, on items that were used to choose it, which flatters it.
 Only the held-out items are evidence.
 
 ## Search
@@ -73,9 +74,12 @@ def _evidence(findings: Findings, trial: Trial) -> str:
     lines = [
         f"Scores on {findings.held_out_items()} held-out items; differences are paired, to the best parent.",
         "",
-        "| model | score | 95 % interval | difference | interval |",
-        "|---|---|---|---|---|",
+        "| model | score | 95 % interval | difference | interval | p | optimism |",
+        "|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows),
+        "",
+        "p: chance of a difference this large between equals, with Holm's correction over the finalists. "
+        "Optimism: how far the items of the search had flattered the model.",
     ]
     winner = findings.winner
     if winner is not None and winner.trial.number == trial.number:
@@ -87,7 +91,7 @@ def _evidence(findings: Findings, trial: Trial) -> str:
 
 def _line(row: Row) -> str:
     if row.score is None:
-        return f"| {row.label} | failed | | | |"
+        return f"| {row.label} | failed | | | | | |"
     span, gap = interval(row.score), row.interval
     cells = (
         row.label,
@@ -95,5 +99,7 @@ def _line(row: Row) -> str:
         "" if span is None else f"{number(span[0])} to {number(span[1])}",
         "" if gap is None else signed(gap.estimate),
         "" if gap is None else f"{signed(gap.low)} to {signed(gap.high)} ({percent(gap.level)})",
+        "" if row.p_value is None else f"{row.p_value:.2g}",
+        "" if row.optimism is None else signed(row.optimism),
     )
     return f"| {' | '.join(cells)} |"

@@ -8,7 +8,8 @@ from typing import Any
 
 from llmevo.cli.display import score_text
 from llmevo.cli.preview import Preview
-from llmevo.report.findings import Findings, duration, interval, number, percent, signed
+from llmevo.report.findings import Findings
+from llmevo.report.words import duration, interval, number, percent, signed
 from llmevo.runner.observer import Row
 from llmevo.space import Categorical, Gene, Space
 from llmevo.trial import State, Trial
@@ -48,14 +49,14 @@ def held_out(findings: Findings) -> str:
     rows = findings.summary.table
     if not rows:
         return ""
-    head = ("held-out items", "score", "95 % interval", "to best parent", "interval")
+    head = ("held-out items", "score", "95 % interval", "to best parent", "interval", "p", "optimism")
     return table(head, [_held_out_row(row) for row in rows])
 
 
 def _held_out_row(row: Row) -> tuple[str, ...]:
     label = f"{row.label} (#{row.trial.number})" if row.label.startswith("evolved") else row.label
     if row.score is None:
-        return label, "failed", row.error or "", "", ""
+        return label, "failed", row.error or "", "", "", "", ""
     span, gap = interval(row.score), row.interval
     level = "" if gap is None or gap.level == 0.95 else f" ({percent(gap.level)})"
     return (
@@ -64,6 +65,8 @@ def _held_out_row(row: Row) -> tuple[str, ...]:
         "" if span is None else f"{number(span[0])} to {number(span[1])}",
         "" if gap is None else signed(gap.estimate),
         "" if gap is None else f"{signed(gap.low)} to {signed(gap.high)}{level}",
+        "" if row.p_value is None else f"{row.p_value:.2g}",
+        "" if row.optimism is None else signed(row.optimism),
     )
 
 
@@ -76,14 +79,34 @@ def status(findings: Findings) -> str:
         ("run", str(summary.run_dir)),
         ("state", summary.reason),
         ("trials", _counted(counts, budget)),
-        ("best", "none yet" if best is None else f"{score_text(best)}  (#{best.number}, {best.origin})"),
+        (
+            "best",
+            "none yet" if best is None else f"{scored(findings, best)}  (#{best.number}, {best.origin})",
+        ),
         ("proposer", findings.genome.search.proposer),
         *([("language model", findings.language_model)] if findings.language_model else []),
         ("origins", origins(findings)),
         *_language_model(findings),
+        *_effort(findings),
         ("time", times(findings)),
+        *(("note", note) for note in findings.notes()),
     ]
     return pairs(facts)
+
+
+def scored(findings: Findings, trial: Trial) -> str:
+    """A trial's score, and on how many items of the search it rests where that is not all."""
+    return score_text(trial, findings.rungs[-1] if findings.rungs else 0)
+
+
+def _effort(findings: Findings) -> list[tuple[str, str]]:
+    """What halving saved; nothing where every trial answers all items."""
+    effort = findings.effort()
+    if effort is None or not effort.without:
+        return []
+    saved = effort.without - effort.scored
+    share = percent(saved / effort.without)
+    return [("items", f"{effort.scored} scored; halving saved {saved} of {effort.without} ({share})")]
 
 
 def _counted(counts: dict[str, int], budget: int) -> str:
@@ -120,11 +143,12 @@ def end_of_run(findings: Findings) -> str:
         ("trials", _counted(findings.counts(), findings.genome.search.trials)),
         ("origins", origins(findings)),
         *_language_model(findings),
+        *_effort(findings),
         ("time", times(findings)),
         ("run", str(run)),
     ]
     if best is not None:
-        facts.insert(0, ("best", f"{score_text(best)} in the search (#{best.number}, {best.origin})"))
+        facts.insert(0, ("best", f"{scored(findings, best)} in the search (#{best.number}, {best.origin})"))
     if summary.resumable:
         facts.append(("stopped", f"{summary.reason}; the same command goes on from here"))
     elif best is not None:
@@ -133,16 +157,17 @@ def end_of_run(findings: Findings) -> str:
             ("", f"llmevo best {run}"),
             ("", f"llmevo export {run} --out my-merge"),
         ]
-    verdict = textwrap.fill(findings.verdict(), _WIDTH, break_long_words=False, break_on_hyphens=False)
-    parts = [held_out(findings), verdict, pairs(facts)]
+    said = [findings.verdict(), *(f"Note: {note}" for note in findings.notes())]
+    sentences = [textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False) for text in said]
+    parts = [held_out(findings), *sentences, pairs(facts)]
     return "\n\n".join(part for part in parts if part)
 
 
-def show(trial: Trial, recipe: str | None) -> str:
+def show(findings: Findings, trial: Trial, recipe: str | None) -> str:
     """One trial in full."""
     facts = [("trial", str(trial.number)), ("origin", trial.origin), ("state", str(trial.state))]
     if trial.state is not State.PENDING:
-        facts.append(("error" if trial.score is None else "score", score_text(trial)))
+        facts.append(("error" if trial.score is None else "score", scored(findings, trial)))
     seconds = [f"{phase} {duration(v)}" for phase, v in trial.cost.items() if isinstance(v, float)]
     facts.append(("time", ", ".join(seconds) or "none"))
     parts = [pairs(facts)]
@@ -214,6 +239,7 @@ def preview_text(preview: Preview) -> str:
         ("tasks", tasks),
         ("held out", f"{genome.evaluate.holdout:.0%} of the items"),
         ("search", f"{search.direction}, {search.trials} trials in batches of {preview.batch}"),
+        ("rungs", preview.rungs.removeprefix("rungs: ")),
         ("proposer", f"{search.proposer}, seed {search.seed}"),
         ("run", str(preview.run_dir)),
         ("first", ", ".join(reference.origin for reference in preview.references) or "no references"),

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TextIO, TypeAlias, final
 
 from rich.console import Console, Group, RenderableType
@@ -15,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from llmevo.report.findings import duration, number, signed, trial_json
+from llmevo.report.findings import trial_json
+from llmevo.report.words import duration, number, signed
 from llmevo.runner.observer import Observer, RunInfo, RunSummary
 from llmevo.trial import State, Trial, best
 
@@ -75,40 +75,53 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 
 @final
-@dataclass(slots=True)
 class _Clock:
-    """How long a sitting has taken, and how long it may still take."""
+    """How long a sitting has taken, and how long it may still take.
 
-    start: float
-    budget: int
-    done: int
-    fresh: int = 0
+    Args:
+        info: What is known when the run starts; None before it does.
+    """
 
-    def tick(self) -> None:
+    def __init__(self, info: RunInfo | None = None) -> None:
+        self._start = time.monotonic()
+        self._finished: list[Trial] = []
+        self._references = 0 if info is None else info.references
+        self._workers = 1 if info is None else info.genome.run.workers
+        self.budget = 0 if info is None else info.genome.search.trials
+        self.done = 0 if info is None else _done(info.trials)
+
+    def tick(self, trial: Trial) -> None:
         """One more trial is finished."""
         self.done += 1
-        self.fresh += 1
+        self._finished.append(trial)
 
     @property
     def elapsed(self) -> float:
         """Seconds of this sitting."""
-        return time.monotonic() - self.start
+        return time.monotonic() - self._start
 
     @property
     def left(self) -> float | None:
-        """Seconds that the remaining trials will take at the pace of this sitting; None before the first."""
-        if not self.fresh:
+        """Seconds that the remaining trials will take; None before the first.
+
+        The pace is that of this sitting's trials, without the time that models took to load; of the
+        proposers' batches alone as soon as one is finished, since references answer all items.
+        """
+        if not self._finished:
             return None
-        return self.elapsed / self.fresh * max(self.budget - self.done, 0)
+        last = self._finished[-1].batch
+        whole = [t for t in self._finished if t.number >= self._references and t.batch != last]
+        counted = whole or self._finished
+        mean = sum(trial_seconds(trial) for trial in counted) / len(counted)
+        return mean / self._workers * max(self.budget - self.done, 0)
 
 
-def _clock(info: RunInfo) -> _Clock:
-    done = sum(trial.state is not State.PENDING for trial in info.trials)
-    return _Clock(time.monotonic(), info.genome.search.trials, done)
+def _done(trials: Sequence[Trial]) -> int:
+    return sum(trial.state is not State.PENDING for trial in trials)
 
 
 def _opening(info: RunInfo) -> str:
-    done = sum(trial.state is not State.PENDING for trial in info.trials)
+    done = _done(info.trials)
     how = f"continuing after {done} of" if done else "searching with"
     return (
         f"{info.run_dir}: {how} {info.genome.search.trials} trials, {len(info.space)} genes, "
@@ -126,14 +139,16 @@ class PlainDisplay:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._clock = _Clock(time.monotonic(), 0, 0)
+        self._clock = _Clock()
+        self._items = 0  # of a score on all of them
 
     def _say(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
     def started(self, info: RunInfo) -> None:
         """Say what begins."""
-        self._clock = _clock(info)
+        self._clock = _Clock(info)
+        self._items = all_items(info.trials)
         self._say(_opening(info))
 
     def note(self, line: str) -> None:
@@ -152,13 +167,14 @@ class PlainDisplay:
 
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """Say what the trial scored."""
-        self._clock.tick()
+        self._clock.tick(trial)
         mark = "  best" if best is not None and best.number == trial.number else ""
         failed = "failed: " if trial.state is State.FAILED else ""
+        self._items = self._items or all_items([trial])
         left = self._clock.left
         eta = f"  left {duration(left)}" if left else ""
         self._say(
-            f"trial {trial.number:>3}  {trial.origin:<18} {failed}{score_text(trial)}  "
+            f"trial {trial.number:>3}  {trial.origin:<18} {failed}{score_text(trial, self._items)}  "
             f"{duration(trial_seconds(trial))}{mark}{eta}"
         )
 
@@ -251,14 +267,14 @@ class RichDisplay:
         self._console = console
         self._live: Live | None = None
         self._info: RunInfo | None = None
-        self._clock = _Clock(time.monotonic(), 0, 0)
+        self._clock = _Clock()
         self._trials: dict[int, Trial] = {}
         self._answered: dict[int, int] = {}  # items, by trial that is not at its end
         self._best: Trial | None = None
 
     def started(self, info: RunInfo) -> None:
         """Start the table."""
-        self._info, self._clock = info, _clock(info)
+        self._info, self._clock = info, _Clock(info)
         self._trials = {trial.number: trial for trial in info.trials}
         self._best = best(info.trials, info.genome.search.direction)
         self._console.print(escape(_opening(info)), style="bold", highlight=False)
@@ -279,7 +295,7 @@ class RichDisplay:
 
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """Show the result."""
-        self._clock.tick()
+        self._clock.tick(trial)
         self._trials[trial.number] = trial
         self._best = best
 

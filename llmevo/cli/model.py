@@ -80,7 +80,7 @@ def _spec(genome_path: Path | None, given: dict[str, Any]) -> LLMSpec:
 
 def _screen(found: Check) -> str:
     from llmevo.cli.console import pairs, value_text
-    from llmevo.report.findings import spending
+    from llmevo.report.words import spending
 
     times = ", ".join(f"{seconds:.1f}" for seconds in found.seconds)
     sample = found.sample or {}

@@ -9,11 +9,13 @@ from typing import Any, final
 
 from llmevo.cli.estimate import Estimate, estimate
 from llmevo.errors import LlmevoError
+from llmevo.evaluate.items import rung_sizes
 from llmevo.genome import Genome
 from llmevo.optimizer import Optimizer
 from llmevo.recipe import Recipes, Reference
-from llmevo.report.findings import duration
+from llmevo.report.words import duration
 from llmevo.runner import opening
+from llmevo.runner.facts import rungs_text
 from llmevo.space import Space
 from llmevo.store import DATABASE, Store
 from llmevo.trial import State, Trial
@@ -38,6 +40,7 @@ class Preview:
         seconds: Of the whole run, estimated; None if nothing was ever measured.
         source: What the estimate comes from.
         model: What the language model would take; None if none is asked.
+        rungs: How many items trials of a batch would answer, in a line.
     """
 
     genome: Genome
@@ -51,6 +54,7 @@ class Preview:
     seconds: float | None
     source: str
     model: Estimate | None = None
+    rungs: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object."""
@@ -75,6 +79,7 @@ class Preview:
             "note": self.note,
             "seconds": self.seconds,
             "estimate_from": self.source,
+            "rungs": self.rungs,
             "llm": None if self.model is None else self.model.to_json(),
         }
 
@@ -104,7 +109,7 @@ def preview(genome: Genome, run_dir: Path, layers: int) -> Preview:
         if references:
             optimizer.ask(len(references))
         trials = optimizer.ask(batch)
-    seconds, source = _estimate(genome, run_dir)
+    seconds, source, items = _estimate(genome, run_dir)
     return Preview(
         genome=genome,
         run_dir=run_dir,
@@ -117,7 +122,19 @@ def preview(genome: Genome, run_dir: Path, layers: int) -> Preview:
         seconds=seconds,
         source=source,
         model=estimate(genome, recipes, len(references), batch),
+        rungs=_rungs(genome, items),
     )
+
+
+def _rungs(genome: Genome, items: dict[str, int]) -> str:
+    """The rungs, where an earlier run counted the items; else the rule that will make them."""
+    halving = genome.search.halving
+    if items:
+        return rungs_text([sum(rung.values()) for rung in rung_sizes(halving, items)], halving.eta)
+    if halving.enabled is False:
+        return "none, every trial answers all items"
+    where = f" where the search has at least {2 * halving.first} items" if halving.enabled is None else ""
+    return f"from {halving.first} items on, {halving.eta} times as many for one trial in {halving.eta}{where}"
 
 
 def _without_language_model(genome: Genome) -> tuple[Genome | None, str]:
@@ -133,8 +150,11 @@ def _without_language_model(genome: Genome) -> tuple[Genome | None, str]:
     return genome, "as they are before any result is known"
 
 
-def _estimate(genome: Genome, run_dir: Path) -> tuple[float | None, str]:
-    """Seconds that the trials still to come would take, from trials of the same models and tasks."""
+def _estimate(genome: Genome, run_dir: Path) -> tuple[float | None, str, dict[str, int]]:
+    """Seconds that the trials still to come would take, and the search's items by task, from an earlier run.
+
+    The earlier run has the same models and tasks; without one, the seconds are None and there are no items.
+    """
     neighbours = sorted(run_dir.parent.glob(f"*/{DATABASE}")) if run_dir.parent.is_dir() else []
     folders = [run_dir, *(path.parent for path in neighbours if path.parent != run_dir)]
     for folder in folders:
@@ -145,6 +165,7 @@ def _estimate(genome: Genome, run_dir: Path) -> tuple[float | None, str]:
                 if _workload(store.genome) != _workload(genome):
                     continue
                 trials = store.trials()
+                counted = (store.meta("pipeline") or {}).get("items", {})
         except LlmevoError:  # a damaged neighbour is no reason not to preview this run
             continue
         spent = [seconds for trial in trials if (seconds := _seconds(trial)) > 0]
@@ -153,8 +174,10 @@ def _estimate(genome: Genome, run_dir: Path) -> tuple[float | None, str]:
             left = genome.search.trials - (finished if folder == run_dir else 0)
             mean = sum(spent) / len(spent)
             per_trial = f"{duration(mean)} a trial, the mean of {len(spent)} in {folder}"
-            return max(left, 0) * mean / genome.run.workers, per_trial
-    return None, "nothing of these models and tasks was measured yet; the first trials of a run will tell"
+            items = {task: splits["search"] for task, splits in counted.items() if isinstance(splits, dict)}
+            return max(left, 0) * mean / genome.run.workers, per_trial, items
+    unknown = "nothing of these models and tasks was measured yet; the first trials of a run will tell"
+    return None, unknown, {}
 
 
 def _seconds(trial: Trial) -> float:
@@ -165,4 +188,13 @@ def _workload(genome: Genome) -> tuple[object, ...]:
     """What a trial's time depends on."""
     spec, evaluate = genome.genome, genome.evaluate
     names: Iterable[str] = sorted(task.name for task in genome.tasks)
-    return (*spec.models, spec.base_model, *names, genome.limit, genome.num_fewshot, evaluate.holdout)
+    halving = genome.search.halving.model_dump_json()
+    return (
+        *spec.models,
+        spec.base_model,
+        *names,
+        genome.limit,
+        genome.num_fewshot,
+        evaluate.holdout,
+        halving,
+    )

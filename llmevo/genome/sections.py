@@ -125,7 +125,7 @@ class EvaluateSpec(Spec):
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.3
     task_path: list[str] = Field(default_factory=list)
     max_length: Annotated[int, Field(ge=1)] | None = None
-    finalists: Annotated[int, Field(ge=1)] = 1
+    finalists: Annotated[int, Field(ge=1)] = 3
     reference: bool = False
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from string import Template
 
 from llmevo.report import figures, svg
-from llmevo.report.findings import Findings, duration, interval, number, percent, signed
+from llmevo.report.findings import Findings
+from llmevo.report.words import duration, interval, number, percent, signed
 from llmevo.runner.observer import Row
 from llmevo.trial import Score, State, Trial
 
@@ -57,7 +58,7 @@ def render(findings: Findings) -> str:
     return template.substitute(
         title=escape(findings.name),
         headline=escape(findings.headline()),
-        verdict=escape(findings.verdict()),
+        verdict=escape(" ".join([findings.verdict(), *findings.notes()])),
         facts="\n".join(
             f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in _facts(findings)
         ),
@@ -87,6 +88,7 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
         *([("spent on it", findings.money())] if findings.money() else []),
         *([("its own proposals", _own(findings))] if findings.summary.intended else []),
         ("seed", str(findings.genome.search.seed)),
+        *([("item-evaluations", _effort(findings))] if findings.effort() else []),
         ("time in trials", duration(sum(findings.summary.seconds.values()))),
     ]
 
@@ -94,6 +96,13 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
 def _own(findings: Findings) -> str:
     summary = findings.summary
     return f"{summary.proposed} of {summary.intended} that it was to make"
+
+
+def _effort(findings: Findings) -> str:
+    effort = findings.effort()
+    assert effort is not None
+    saved = effort.without - effort.scored
+    return f"{effort.scored}, {saved} of {effort.without} saved by halving"
 
 
 def _section(title: str, body: str) -> str:
@@ -131,6 +140,8 @@ def _progress(findings: Findings) -> str:
         "Each mark is a trial, with one standard error. The best of many noisy scores is too good on "
         "average: only the held-out items below say what was gained."
     )
+    if findings.effort():
+        caption += " Small marks dropped out early: their scores rest on fewer items and are never the best."
     return _section("The search", _figure(drawing, "Score of each trial and the best so far", caption))
 
 
@@ -148,10 +159,12 @@ def _held_out(findings: Findings) -> str:
         for row, _ in rows
         if row.interval is not None
     ]
-    head = ("model", "score", "95 % interval", "to the best parent", "95 % interval")
+    head = ("model", "score", "95 % interval", "to the best parent", "95 % interval", "p", "optimism")
     note = _note(
-        f"{findings.held_out_items()} items that the search never saw. Differences are paired: both models "
-        "answer the same items, so what is hard for both cancels."
+        f"{findings.held_out_items()} items that the search never saw, answered by merges of mergekit's own "
+        "arithmetic. Differences are paired: both models answer the same items, so what is hard for both "
+        "cancels. p is the chance of a difference this large between equals, with Holm's correction over the "
+        "finalists. Optimism is how far the items of the search had flattered a model."
     )
     table = _table(head, [(_held_out_cells(row, score), row.label == winner) for row, score in rows])
     drawing = figures.intervals(scores, differences, against, winner)
@@ -170,6 +183,8 @@ def _held_out_cells(row: Row, score: Score) -> tuple[str, ...]:
         if gap is None
         else f"{signed(gap.low)} to {signed(gap.high)}"
         + ("" if gap.level == 0.95 else f" ({percent(gap.level)})"),
+        "" if row.p_value is None else f"{row.p_value:.2g}",
+        "" if row.optimism is None else signed(row.optimism),
     )
 
 
@@ -193,7 +208,7 @@ def _origins(findings: Findings) -> str:
     records = findings.records()
     rows = []
     for origin, trials in findings.by_origin().items():
-        values = [trial.value for trial in trials if trial.value is not None]
+        values = [t.score.value for t in trials if t.score is not None and t.score.rung is None]
         failed = sum(trial.state is State.FAILED for trial in trials)
         role, _ = figures.series(figures.family(origin))
         if figures.family(origin) in figures.REFERENCES:
@@ -213,14 +228,15 @@ def _origins(findings: Findings) -> str:
             )
         )
     head = ("origin", "trials", "failed", "best", "mean", "new bests")
-    return _section("Where the trials came from", _table(head, rows)) if rows else ""
+    note = _note("Best and mean are of scores on all items.") if findings.effort() else ""
+    return _section("Where the trials came from", note + _table(head, rows)) if rows else ""
 
 
 def _parameters(findings: Findings) -> str:
     trials = [trial for trial in findings.trials if trial.params]
     if len(trials) < 2:
         return ""
-    drawing, shown, total = figures.parameters(trials, findings.summary.best)
+    drawing, shown, total = figures.parameters(trials, findings.summary.best, findings.maximize)
     if not drawing:
         return ""
     few = f"{shown} of {total} genes, those whose rank goes most with the score. " if shown < total else ""

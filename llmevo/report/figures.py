@@ -76,12 +76,13 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def _best_so_far(trials: Sequence[Trial], maximize: bool) -> tuple[list[int], list[float]]:
+    """The best score on all items after each trial that has one."""
     pick = max if maximize else min
     numbers: list[int] = []
     values: list[float] = []
     for trial in trials:
-        if trial.value is not None:
-            values.append(trial.value if not values else pick(values[-1], trial.value))
+        if trial.score is not None and trial.score.rung is None:
+            values.append(trial.score.value if not values else pick(values[-1], trial.score.value))
             numbers.append(trial.number)
     return numbers, values
 
@@ -132,7 +133,13 @@ def _dots(axes: Any, name: str, points: Sequence[Trial]) -> None:
     role, marker = series(name)
     numbers = [trial.number for trial in points]
     values = [trial.score.value for trial in points if trial.score is not None]
-    errors = [(trial.score.stderr or 0.0) for trial in points if trial.score is not None]
+    # A dropout's error bar is long and says little; it would hide the others.
+    errors = [
+        (trial.score.stderr or 0.0) if trial.score.rung is None else 0.0
+        for trial in points
+        if trial.score is not None
+    ]
+    sizes = [_size(trial, 32, 10) for trial in points if trial.score is not None]
     if any(errors):
         axes.errorbar(
             numbers, values, errors, fmt="none", ecolor=svg.colour(role), elinewidth=0.8, alpha=0.3, zorder=2
@@ -140,7 +147,7 @@ def _dots(axes: Any, name: str, points: Sequence[Trial]) -> None:
     axes.scatter(
         numbers,
         values,
-        s=32,
+        s=sizes,
         marker=marker,
         color=svg.colour(role),
         edgecolor=svg.colour("paper"),
@@ -148,6 +155,11 @@ def _dots(axes: Any, name: str, points: Sequence[Trial]) -> None:
         label=name,
         zorder=3,
     )
+
+
+def _size(trial: Trial, whole: float, few: float) -> float:
+    """A mark's area: `few` for a score on fewer items than all."""
+    return whole if trial.score is None or trial.score.rung is None else few
 
 
 def _limits(axes: Any, values: Sequence[float]) -> None:
@@ -285,7 +297,18 @@ def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def _genes(trials: Sequence[Trial]) -> list[tuple[str, list[tuple[Any, float, Trial]], float]]:
+def _heights(trials: Sequence[Trial], maximize: bool) -> list[float]:
+    """Numbers in the order of the scores, those on fewer items behind all on more."""
+    scores = [trial.score for trial in trials if trial.score is not None]
+    rungs = [math.inf if score.rung is None else score.rung for score in scores]
+    keys = [(rung if maximize else -rung, s.value) for rung, s in zip(rungs, scores, strict=True)]
+    places = {key: float(place) for place, key in enumerate(sorted(set(keys)))}
+    return [places[key] for key in keys]
+
+
+def _genes(
+    trials: Sequence[Trial], maximize: bool
+) -> list[tuple[str, list[tuple[Any, float, Trial]], float]]:
     """Genes that vary, with (value, score, trial) of each trial; the most telling first."""
     found: list[tuple[str, list[tuple[Any, float, Trial]], float]] = []
     for name in dict.fromkeys(name for trial in trials for name in trial.params):
@@ -297,20 +320,22 @@ def _genes(trials: Sequence[Trial]) -> list[tuple[str, list[tuple[Any, float, Tr
         if len({str(value) for value, _, _ in points}) < 2:
             continue
         numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v, _, _ in points)
-        rho = _rank_correlation([(value, score) for value, score, _ in points]) if numeric else math.nan
+        heights = _heights([trial for *_, trial in points], maximize)
+        pairs = [(value, height) for (value, *_), height in zip(points, heights, strict=True)]
+        rho = _rank_correlation(pairs) if numeric else math.nan
         found.append((name, points, rho))
     return sorted(found, key=lambda gene: -abs(gene[2]) if gene[2] == gene[2] else -2.0)
 
 
-def parameters(trials: Sequence[Trial], best: Trial | None) -> tuple[str, int, int]:
-    """Every gene's value against the score, as small multiples; the best trial ringed.
+def parameters(trials: Sequence[Trial], best: Trial | None, maximize: bool) -> tuple[str, int, int]:
+    """Every gene's value against the score, as small multiples; the best trial ringed, dropouts small.
 
     Returns:
         The SVG, how many genes it shows, and how many vary. Genes whose value goes with the score (by rank)
         come first; choices come before numbers.
     """
     pyplot = svg.pyplot()
-    genes = _genes(trials)
+    genes = _genes(trials, maximize)
     shown = genes[:_MAX_CELLS]
     if not shown:
         return "", 0, 0
@@ -346,7 +371,8 @@ def _cell(axes: Any, points: Sequence[tuple[Any, float, Trial]], best: Trial | N
         role, marker = series(name)
         xs = [x for x, (_, _, trial) in zip(values, points, strict=True) if family(trial.origin) == name]
         ys = [score for _, score, trial in points if family(trial.origin) == name]
-        axes.scatter(xs, ys, s=11, marker=marker, color=svg.colour(role), alpha=0.75, linewidth=0)
+        sizes = [_size(trial, 11, 4) for _, _, trial in points if family(trial.origin) == name]
+        axes.scatter(xs, ys, s=sizes, marker=marker, color=svg.colour(role), alpha=0.75, linewidth=0)
     for x, (_, score, trial) in zip(values, points, strict=True):
         if best is not None and trial.number == best.number:
             axes.scatter(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, final
@@ -12,68 +12,29 @@ from typing import Any, final
 from llmevo import genome as genomes
 from llmevo.errors import StatsError
 from llmevo.genome import Genome
-from llmevo.llm.ledger import Totals
+from llmevo.report import verdict
+from llmevo.report.words import spending
 from llmevo.runner.finals import summarise
 from llmevo.runner.observer import Row, RunSummary
 from llmevo.stats import Interval, paired_difference
 from llmevo.store import Store
-from llmevo.trial import Score, State, Trial
+from llmevo.trial import Score, State, Trial, standing
 
-_Z95 = 1.959964
-LLM_RUN = 0.8  # a run whose intended LLM proposals are the model's own to a lesser share is not called one
 _PACKAGES = ("llmevo", "numpy", "cmaes", "torch", "transformers", "peft", "mergekit", "lm-eval", "openai")
 
 
-def number(value: float) -> str:
-    """A score for a person: four decimals, or four digits where it is large or tiny."""
-    text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.4g}"
-    return text.replace("-", "\N{MINUS SIGN}")
+@final
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Item-evaluations of the complete trials.
 
+    Args:
+        scored: How many their scores rest on.
+        without: How many it would have been had all of them answered all items.
+    """
 
-def signed(value: float) -> str:
-    """A difference for a person, always with its sign."""
-    return number(value) if value < 0 else f"+{number(value)}"
-
-
-def interval(score: Score) -> tuple[float, float] | None:
-    """The 95 % interval of a score by its standard error, or None if that is unknown."""
-    if score.stderr is None:
-        return None
-    return score.value - _Z95 * score.stderr, score.value + _Z95 * score.stderr
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a person: `8.2 s`, `3 min 05 s`, `2 h 10 min`."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def percent(level: float) -> str:
-    """A confidence level for a person: `95 %`."""
-    return f"{100 * level:.3g} %"
-
-
-def spending(money: Totals) -> str:
-    """Calls, tokens and dollars for a person; what is unknown is called that."""
-
-    def count(tokens: int | None) -> str:
-        return "unknown" if tokens is None else str(tokens)
-
-    requests = f"{money.requests} request" + "s" * (money.requests != 1)
-    parts = [
-        f"{money.calls} call" + "s" * (money.calls != 1) + f" ({requests}, {money.answered} answered)",
-        f"tokens: {count(money.prompt)} prompt (cached {count(money.cached)}), "
-        f"{count(money.completion)} completion (reasoning {count(money.reasoning)})",
-        "dollars unknown" if money.usd is None else f"${money.usd:.4f}",
-    ]
-    if money.unsettled:
-        most = "an unknown sum" if money.held_usd is None else f"${money.held_usd:.4f}"
-        parts.append(f"at most {most} more for {money.unsettled} without an answer")
-    return "; ".join(parts)
+    scored: int
+    without: int
 
 
 @final
@@ -89,6 +50,7 @@ class Findings:
         weights: Of the terms of the score, by their key in `Score.items`.
         language_model: Which one proposed, if any.
         device: Where the trials ran.
+        rungs: Items of the search up to and with each rung; a single number where there is no halving.
     """
 
     genome: Genome
@@ -98,6 +60,7 @@ class Findings:
     weights: Mapping[str, float] = field(default_factory=dict)
     language_model: str | None = None
     device: str = "cpu"
+    rungs: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -129,17 +92,16 @@ class Findings:
         """Number of trials by state."""
         return {str(state): sum(trial.state is state for trial in self.trials) for state in State}
 
-    def better(self, a: float, b: float) -> bool:
-        """Whether `a` is better than `b` in the run's direction."""
-        return a > b if self.maximize else a < b
-
     def records(self) -> set[int]:
         """Numbers of the trials that were the best of all up to then."""
         found: set[int] = set()
-        best: float | None = None
+        best: tuple[float, float] | None = None
         for trial in self.trials:
-            if trial.value is not None and (best is None or self.better(trial.value, best)):
-                best = trial.value
+            if trial.score is None:
+                continue
+            place = standing(trial.score, self.genome.search.direction)
+            if best is None or place > best:
+                best = place
                 found.add(trial.number)
         return found
 
@@ -190,88 +152,19 @@ class Findings:
 
     def headline(self) -> str:
         """A few words on what came out."""
-        if self.summary.best is None:
-            return "No trial was completed"
-        row = self.winner
-        if row is None or row.score is None:
-            return f"Best so far: {number(self.summary.best.score.value)}" if self.summary.best.score else ""
-        if row.interval is None:
-            return f"The evolved model scores {number(row.score.value)} on held-out items"
-        if self._sure(row.interval.low, row.interval.high) > 0:
-            return f"The evolved merge beats the best parent by {number(abs(row.interval.estimate))}"
-        if self._sure(row.interval.low, row.interval.high) < 0:
-            return f"The evolved merge is worse than the best parent by {number(abs(row.interval.estimate))}"
-        return "No gain over the best parent that is larger than the noise"
-
-    def _sure(self, low: float, high: float) -> int:
-        """1 if a difference's whole interval is an improvement, -1 if it is all a loss, else 0."""
-        if low <= 0 <= high:
-            return 0
-        return 1 if self.better(low, 0.0) else -1
+        return verdict.headline(self)
 
     def verdict(self) -> str:
         """Whether the gain is larger than the noise, and whose it is, in sentences that claim no more."""
-        return " ".join(part for part in (self._gain(), self.not_an_llm_run()) if part)
+        return verdict.verdict(self)
 
-    def not_an_llm_run(self) -> str:
-        """Why this is no run of a language model, where too few of its proposals are its own; else empty."""
-        summary = self.summary
-        if summary.llm_share is None or summary.llm_share >= LLM_RUN:
-            return ""
-        return (
-            f"This is not an LLM run: of {summary.intended} trials that the language model was to propose, "
-            f"{summary.proposed} ({percent(summary.llm_share)}) are its own."
-        )
+    def notes(self) -> list[str]:
+        """What a reader of the scores should know besides; a sentence each."""
+        return verdict.notes(self)
 
     def money(self) -> str:
         """What the language model took; empty if none was asked."""
         return "" if self.summary.money is None else spending(self.summary.money)
-
-    def _gain(self) -> str:
-        row = self.winner
-        if self.summary.best is None:
-            return "Every trial so far has failed or is still to come; see the reasons below."
-        if row is None or row.score is None:
-            why = f" ({row.error})" if row is not None and row.error else ""
-            return (
-                f"The held-out items have not been scored{why}, so nothing can be said yet about a gain: the "
-                "best of many noisy scores is too good on average."
-            )
-        unsearched = [
-            self._against("uniform", "uniform merge"),
-            self._against("warm_start", "best warm start"),
-        ]
-        parts = (self._against_parent(row), self._claimed(row), *unsearched)
-        return " ".join(part for part in parts if part)
-
-    def _claimed(self, row: Row) -> str:
-        """What the gain had looked like on the items that chose the winner."""
-        parent = self.best_parent
-        if parent is None or parent.trial.value is None or row.trial.value is None or row.interval is None:
-            return ""
-        gap = signed(row.trial.value - parent.trial.value)
-        return f"On the search items, which chose it, the difference had been {gap}."
-
-    def _against_parent(self, row: Row) -> str:
-        parent, gap = self.best_parent, row.interval
-        if gap is None or parent is None:
-            return "There is no parent's held-out score to compare the evolved model with."
-        span = (
-            f"{signed(gap.estimate)} on {self.held_out_items()} held-out items "
-            f"({percent(gap.level)} interval {signed(gap.low)} to {signed(gap.high)})"
-        )
-        name = parent.label.removeprefix("parent:")
-        sure = self._sure(gap.low, gap.high)
-        if sure > 0:
-            return f"Against the best parent, {name}, the evolved merge gains {span}: more than the noise."
-        if sure < 0:
-            return (
-                f"Against the best parent, {name}, the evolved merge loses {span}: worse, beyond the noise."
-            )
-        return (
-            f"Against the best parent, {name}, the evolved merge differs by {span}. The interval includes "
-            "zero: no gain larger than the noise is shown. More held-out items would narrow it."
-        )
 
     def gap_to(self, kind: str) -> Interval | None:
         """How far the evolved model is from the `uniform` merge or the `warm_start` on the held-out items."""
@@ -285,20 +178,13 @@ class Findings:
         except StatsError:  # scores without items have no pairs
             return None
 
-    def _against(self, kind: str, name: str) -> str:
-        """What the search gained over a recipe that needs none."""
-        gap = self.gap_to(kind)
-        if gap is None:
-            return ""
-        span = (
-            f"{signed(gap.estimate)} ({percent(gap.level)} interval {signed(gap.low)} to {signed(gap.high)})"
-        )
-        sure = self._sure(gap.low, gap.high)
-        if sure > 0:
-            return f"Against the {name} it gains {span}."
-        if sure < 0:
-            return f"The {name}, which needs no search, is better: the evolved one differs by {span}."
-        return f"The {name}, which needs no search, cannot be told apart: the difference is {span}."
+    def effort(self) -> Effort | None:
+        """What halving saved; None where every trial answers all items."""
+        if len(self.rungs) < 2:
+            return None
+        scores = [trial.score for trial in self.trials if trial.score is not None]
+        rungs = [len(self.rungs) - 1 if score.rung is None else score.rung for score in scores]
+        return Effort(sum(self.rungs[rung] for rung in rungs), len(scores) * self.rungs[-1])
 
     def genome_text(self) -> str:
         """The genome as it was run, overrides included, as YAML."""
@@ -324,6 +210,9 @@ class Findings:
             "best": trial_json(summary.best),
             "evolved": trial_json(summary.evolved),
             "references": [trial_json(trial) for trial in summary.references],
+            "rungs": list(self.rungs),
+            "items": None if (effort := self.effort()) is None else asdict(effort),
+            "notes": self.notes(),
             "held_out": [_row_json(row) for row in summary.table],
             "uniform_gap": _interval_json(self.gap_to("uniform")),
             "warm_start_gap": _interval_json(self.gap_to("warm_start")),
@@ -341,7 +230,10 @@ def trial_json(trial: Trial | None) -> dict[str, Any] | None:
     """A trial without its per-item scores, which would drown the rest."""
     if trial is None:
         return None
-    score = None if trial.score is None else {"value": trial.score.value, "stderr": trial.score.stderr}
+    score = None
+    if trial.score is not None:
+        score = {key: value for key, value in trial.score.to_json().items() if key != "items"}
+        score["count"] = trial.score.count
     return {**trial.to_json(), "score": score}
 
 
@@ -352,6 +244,8 @@ def _row_json(row: Row) -> dict[str, Any]:
         "score": None if row.score is None else row.score.value,
         "stderr": None if row.score is None else row.score.stderr,
         "difference": _interval_json(row.interval),
+        "p_value": row.p_value,
+        "optimism": row.optimism,
         "error": row.error,
     }
 
@@ -400,4 +294,5 @@ def load(run_dir: Path, summary: RunSummary | None = None) -> Findings:
             weights=store.meta("pipeline", {}).get("weights", {}),
             language_model=store.meta("llm"),
             device=store.meta("pipeline", {}).get("device", "cpu"),
+            rungs=tuple(sum(rung.values()) for rung in store.meta("pipeline", {}).get("rungs", ())),
         )

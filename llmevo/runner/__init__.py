@@ -21,7 +21,9 @@ from llmevo.optimizer import Optimizer
 from llmevo.pipeline import Job, Outcome, Split
 from llmevo.recipe import Recipes, num_layers
 from llmevo.rundir import write_atomic
+from llmevo.runner import facts as describe
 from llmevo.runner import finals, opening
+from llmevo.runner.facts import TRUNCATED, truncated
 from llmevo.runner.finals import summarise as summarise
 from llmevo.runner.observer import Observer as Observer
 from llmevo.runner.observer import Row as Row
@@ -117,6 +119,8 @@ class _Sitting:
         self.stop = stop
         self._workers = workers
         self._failed_in_a_row = 0
+        self._described = False
+        self._cut: set[str] = set()  # tasks of which it was said that answers are cut off
         layers = num_layers(genome)
         store.set_meta("layers", layers)  # a replay has no models to ask
         self.recipes = Recipes(genome, layers)
@@ -251,7 +255,12 @@ class _Sitting:
 
     def _evaluate(self) -> None:
         """Bring every pending trial to its end: references on all items at once, a batch by its rungs."""
-        rungs = Rungs.of(self._workers.facts(), self.genome.search)
+        facts = self._workers.facts()
+        rungs = Rungs.of(facts, self.genome.search)
+        if not self._described:
+            self._described = True
+            for line in describe.lines(facts, self.genome.search.halving):
+                self.observer.note(line)
         whole = [t for t in self._pending.values() if rungs is None or t.number < len(self.references)]
         self._workers.drive([job_of(self.genome, t) for t in whole], lambda outcome: self._finish([outcome]))
         if rungs is not None and self._pending:
@@ -313,6 +322,13 @@ class _Sitting:
         if best is not None and best.number == told.number:
             self._save_best(best)
         self.observer.finished(told, best)
+        for task, share in truncated(told.metrics).items():
+            if share > TRUNCATED and task not in self._cut:
+                self._cut.add(task)
+                self.observer.note(
+                    f"{task}: {share:.0%} of trial {told.number}'s answers were cut off at the longest "
+                    "allowed length (max_gen_toks) before they had ended"
+                )
 
     def recipe(self, trial: Trial) -> dict[str, Any]:
         """The mergekit configuration of a trial."""

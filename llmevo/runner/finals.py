@@ -1,22 +1,24 @@
 """The last part of a run: which trials are scored on the held-out items, and what that says.
 
 The search chose the winner by its score on the search items, so that score flatters it. The held-out items
-were not seen; the table gives each finalist's paired difference to the best parent on them.
+were not seen; the table gives each finalist's paired difference to the best parent on them, with a p-value
+that allows for the number of finalists, and by how much the search had flattered each row.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from llmevo.errors import StatsError
 from llmevo.llm.ledger import Price, Totals
 from llmevo.llm.transcript import FOLDER, spent
 from llmevo.proposers import Direction
 from llmevo.runner.observer import Row, RunSummary
-from llmevo.stats import Interval, paired_difference
+from llmevo.stats import Interval, holm, paired_difference, paired_p_value
 from llmevo.store import HoldoutRow, Store
-from llmevo.trial import Score, Trial, ranked
+from llmevo.trial import Score, Trial, best, ranked
 
 EVOLVED = "evolved"
 _ERROR_RATE = 0.05  # of all the finalists' intervals together (Bonferroni)
@@ -44,9 +46,9 @@ def plan(
     for kind in _KINDS:
         of_kind = [trial for trial in trials[:references] if trial.origin.split(":")[0] == kind]
         chosen += [(trial.origin, trial) for trial in ranked(of_kind, direction)[:1]]
-    best = ranked(trials[references:], direction)
-    whole = [trial for trial in best if trial.score is not None and trial.score.rung is None]
-    for place, trial in enumerate((whole or best)[:finalists], start=1):
+    order = ranked(trials[references:], direction)
+    whole = [trial for trial in order if trial.score is not None and trial.score.rung is None]
+    for place, trial in enumerate((whole or order)[:finalists], start=1):
         chosen.append((EVOLVED if place == 1 else f"{EVOLVED}:{place}", trial))
     return chosen
 
@@ -73,7 +75,6 @@ def summarise(store: Store, ending: tuple[int, str] | None = None, elapsed: floa
         direction=search.direction,
         finalists=store.genome.evaluate.finalists,
     )
-    best = ranked(trials, search.direction)
     intended, proposed = attributed(trials)
     seconds: Counter[str] = Counter()
     for trial in trials:
@@ -84,11 +85,11 @@ def summarise(store: Store, ending: tuple[int, str] | None = None, elapsed: floa
         exit_code=exit_code,
         reason=reason,
         resumable=exit_code != 0,
-        best=best[0] if best else None,
+        best=best(trials, search.direction),
         evolved=next((trial for label, trial in planned if label == EVOLVED), None),
         trials=trials,
         references=references,
-        table=tuple(table(weights, planned, store.holdout())) if exit_code == 0 else (),
+        table=tuple(table(weights, planned, store.holdout(), search.direction)) if exit_code == 0 else (),
         origins=dict(Counter(trial.origin for trial in trials)),
         seconds=dict(seconds),
         elapsed=elapsed,
@@ -124,7 +125,10 @@ def attributed(trials: Iterable[Trial]) -> tuple[int, int]:
 
 
 def table(
-    weights: Mapping[str, float], planned: Sequence[tuple[str, Trial]], holdout: Sequence[HoldoutRow]
+    weights: Mapping[str, float],
+    planned: Sequence[tuple[str, Trial]],
+    holdout: Sequence[HoldoutRow],
+    direction: Direction,
 ) -> list[Row]:
     """The planned trials that were scored, each with its difference to the best parent.
 
@@ -132,27 +136,46 @@ def table(
         weights: Of the terms of the score, by their key in `Score.items`.
         planned: From `plan`.
         holdout: From `Store.holdout`.
+        direction: Of the search's score.
     """
     scored = {row.number: row for row in holdout}
     rivals = sum(label.startswith(EVOLVED) for label, _ in planned)
     parents = [
         scored[trial.number].score for label, trial in planned if _is_parent(label) and trial.number in scored
     ]
+    parent = parents[0] if parents else None
     rows = []
     for label, trial in planned:
         row = scored.get(trial.number)
         if row is None:
             continue
         level = 1 - _ERROR_RATE / (rivals if label.startswith(EVOLVED) else 1)
-        interval = None
-        if parents and not _is_parent(label):
-            interval = _difference(row.score, parents[0], weights, level)
-        rows.append(Row(label, trial, row.score, interval, row.error))
-    return rows
+        interval = None if _is_parent(label) else _difference(row.score, parent, weights, level)
+        optimism = _optimism(trial.score, row.score, direction)
+        rows.append(Row(label, trial, row.score, interval, row.error, optimism=optimism))
+    return _tested(rows, parent, weights)
+
+
+def _tested(rows: Sequence[Row], parent: Score | None, weights: Mapping[str, float]) -> list[Row]:
+    """The rows with the finalists' p-values, which together err no more often than one would."""
+    found = {
+        place: paired_p_value(row.score.items, parent.items, weights=weights)
+        for place, row in enumerate(rows)
+        if row.label.startswith(EVOLVED) and row.score and parent and row.interval is not None
+    }
+    adjusted = dict(zip(found, holm(list(found.values())), strict=True))
+    return [replace(row, p_value=adjusted.get(place)) for place, row in enumerate(rows)]
 
 
 def _is_parent(label: str) -> bool:
     return label.startswith("parent:")
+
+
+def _optimism(search: Score | None, held_out: Score | None, direction: Direction) -> float | None:
+    if search is None or held_out is None:
+        return None
+    gap = search.value - held_out.value
+    return gap if direction == "maximize" else -gap
 
 
 def _difference(

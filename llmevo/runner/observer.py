@@ -49,6 +49,10 @@ class Row:
             direction; its `level` is above 0.95 where several finalists share the risk. None for the
             parent's own row, without a parent, and where a score is missing.
         error: Why the held-out evaluation failed.
+        p_value: A finalist's, that it and the best parent are equally good, two-sided and after Holm's
+            correction over the finalists; None for the other rows and where there is no interval.
+        optimism: How much better the score on the search items is than the one on the held-out items,
+            positive where the search flatters whatever the direction.
     """
 
     label: str
@@ -56,6 +60,8 @@ class Row:
     score: Score | None
     interval: Interval | None
     error: str | None = None
+    p_value: float | None = None
+    optimism: float | None = None
 
 
 @final

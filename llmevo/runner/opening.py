@@ -218,7 +218,7 @@ def check_facts(store: Store, facts: dict[str, Any]) -> dict[str, Any]:
     """Keep what the pipeline says of itself, or refuse to mix scores of different items in one run.
 
     Returns:
-        What was kept when the run began.
+        The facts, with the rungs that the run was begun with.
 
     Raises:
         StoreError: The items are not those that earlier trials were scored on.
@@ -239,4 +239,4 @@ def check_facts(store: Store, facts: dict[str, Any]) -> dict[str, Any]:
             f"{lines}\nRestore the tasks' data, choose another --run-dir, or move the earlier run aside with "
             "--fresh."
         )
-    return known
+    return {**facts, "rungs": known.get("rungs")}

@@ -72,7 +72,7 @@ class Workers:
         return self._executor
 
     def facts(self) -> dict[str, Any]:
-        """What the pipeline says of itself, with what the run was begun with where both must agree.
+        """What the pipeline says of itself, with the rungs that the run was begun with.
 
         Raises:
             GenomeError: The models or tasks cannot be loaded.
