@@ -119,6 +119,8 @@ class Float:
             return (round((value - self.low) / self.step) + 0.5) / self.count  # type: ignore[operator]
         if self.log:
             low, high = math.log(self.low), math.log(self.high)
+            if low == high:  # bounds that differ by less than their logarithms can tell
+                return 0.5
             return min(max((math.log(value) - low) / (high - low), 0.0), 1.0)
         return min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
 

@@ -136,6 +136,12 @@ def test_a_value_that_a_user_gives_is_kept_to_twelve_digits(gene: Float, data: s
         assert abs(kept - value) <= 1e-11 * scale
 
 
+def test_bounds_that_logarithms_cannot_tell_apart() -> None:
+    gene = Float(796864568.2544754, 796864568.2544755, log=True)
+    kept = gene.validate(796864568.2544755, "x")
+    assert gene.from_unit(gene.to_unit(kept)) == kept
+
+
 @given(ints(), st.data())
 def test_every_int_round_trips(gene: Int, data: st.DataObject) -> None:
     value = gene.low + gene.step * data.draw(st.integers(0, gene.count - 1))
