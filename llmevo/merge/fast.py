@@ -128,20 +128,23 @@ class FastMerge:
         wanted = str(self._dtype).removeprefix("torch.")
         if recipe.get("dtype") not in (None, wanted) or recipe.get("out_dtype") not in (None, wanted):
             return None
-        return self._resolver.resolve(recipe)
+        resolved = self._resolver.resolve(recipe)
+        return resolved if resolved is not None and self._bind(resolved.skeleton).covers else None
 
-    def merge(self, resolved: Resolved) -> int | None:
-        """Write what changed; return the bytes written, or None if this structure has no fast form.
+    def _bind(self, skeleton: Skeleton) -> Bound:
+        bound = self._bound.get(skeleton.key)
+        if bound is None:
+            bound = self._bound[skeleton.key] = Bound(skeleton, self._arena, self._outputs)
+        return bound
+
+    def merge(self, resolved: Resolved, seed: int) -> int:
+        """Write what changed, and return the bytes written.
 
         Raises:
             StageError: If a value is not finite. Everything is written anew next time.
         """
         skeleton = resolved.skeleton
-        bound = self._bound.get(skeleton.key)
-        if bound is None:
-            bound = self._bound[skeleton.key] = Bound(skeleton, self._arena, self._outputs)
-        if not bound.covers:
-            return None
+        bound = self._bind(skeleton)
         weights = coefficients.METHODS[skeleton.method](resolved, self._dtype)
         effective = bound.effective(weights)
         last, self._last = self._last, None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, final
 
 from llmevo.errors import GenomeError, StageError
 from llmevo.genome import MergeSpec, MergeStageSpec
-from llmevo.merge import layout, plan, weights
+from llmevo.merge import identity, layout, plan, weights
 from llmevo.merge.engines import engine_for
 from llmevo.merge.fast import FastMerge
 from llmevo.merge.layout import Arena
 from llmevo.merge.parents import check_parents, models_of
 from llmevo.merge.references import Located, canonical, locate, plain_reference, substitute
-from llmevo.merge.resolve import Resolver
+from llmevo.merge.resolve import Resolved, Resolver
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +74,7 @@ class Merger:
         self._stage = stage
         self._device = torch.device(device)
         self._dtype = _torch_dtype(spec.dtype)
-        located = {where.name: where for where in map(locate, models_of(spec))}
+        located = self._located = {where.name: where for where in map(locate, models_of(spec))}
         first = located[canonical(models_of(spec)[0])]
         self.model = _resident(first, self._device, _torch_dtype(dtype))
         self.tokenizer = _tokenizer(first)
@@ -80,7 +82,11 @@ class Merger:
         layout.place(self.model, self._arena)
         self._load(located)
         self._arch = plan.architecture([plain_reference(where.folder) for where in located.values()])
-        self._fast = self._fast_merge()
+        self._resolver = Resolver(lambda recipe: plan.trace(*self._plannable(recipe)))
+        self._engine = engine_for(self._arena, self._device, [b.dtype for b in self._arena.buffers])
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        outputs = {name: self._arena.slot(p.data) for name, p in parameters}
+        self._fast = FastMerge(self._arena, self._engine, self._resolver, outputs, self._dtype)
         self._check_coverage(first)
 
     def merge(self, recipe: dict[str, Any], seed: int, exact: bool = False) -> int:
@@ -103,13 +109,59 @@ class Merger:
         """
         import torch
 
+        with self._refusals(), torch.no_grad():
+            resolved = None if exact else self._fast_form(recipe)
+            if resolved is not None:
+                return self._fast.merge(resolved, seed)
+            self._fast.forget()
+            with self._random_state(seed):
+                return self._write(plan.steps(*self._plannable(recipe)))
+
+    def identity(self, recipe: dict[str, Any], seed: int, exact: bool = False) -> str:
+        """Name the weights that `merge` with the same arguments would write.
+
+        Two merges of one name give the same weights, in any process: the name follows from the contents of
+        the models' files, the parameters of every tensor, the mode, the dtypes, the kind of device, the version
+        of mergekit, and the seed where the method draws masks. Files are read once, when first asked.
+
+        Returns:
+            A hexadecimal number.
+
+        Raises:
+            StageError: If mergekit refuses the recipe, or it names a model that the genome lacks.
+        """
+        with self._refusals():
+            resolved = self._resolver.resolve(recipe)
+            fast = not exact and self._fast_form(recipe) is not None
+            if resolved is not None:
+                name = identity.of_resolved(resolved, self._contents)
+            else:
+                kept = {key: value for key, value in recipe.items() if key not in _TOKENIZER_KEYS}
+                hashes = {str(key): value for key, value in self._contents.items()}
+                table = {name: hashes[str(ref)] for name, ref in self._references.items()}
+                name = identity.of_plain(substitute(kept, table))
+        facts = {
+            "weights": name,
+            "seed": seed if identity.draws(recipe.get("merge_method")) else None,
+            "arithmetic": [identity.ARITHMETIC, self._engine.name] if fast else version("mergekit"),
+            "dtypes": [recipe.get("dtype"), recipe.get("out_dtype"), str(self._dtype), str(self.model.dtype)],
+            "device": self._device.type,
+        }
+        return identity.of_plain(facts)
+
+    @cached_property
+    def _contents(self) -> dict[ModelReference, str]:
+        return {self._references[name]: identity.content(where) for name, where in self._located.items()}
+
+    def _fast_form(self, recipe: dict[str, Any]) -> Resolved | None:
+        return None if self._stage.mode == "exact" else self._fast.resolve(recipe)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Serve mergekit the models, and turn what it raises into a failure of the stage."""
         try:
-            with weights.loaders(self._loaders), torch.no_grad():
-                written = None if exact else self._merge_fast(recipe)
-                if written is None:
-                    self._fast.forget()
-                    with self._random_state(seed):
-                        written = self._write(plan.steps(*self._plannable(recipe)))
+            with weights.loaders(self._loaders):
+                yield
         except StageError:
             raise
         except (
@@ -117,13 +169,6 @@ class Merger:
         ) as error:  # mergekit raises RuntimeError, ValueError, TypeError, KeyError and pydantic's
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StageError("merge", f"{type(error).__name__}: {reason[:500]}") from error
-        return written
-
-    def _merge_fast(self, recipe: dict[str, Any]) -> int | None:
-        if self._stage.mode == "exact":
-            return None
-        resolved = self._fast.resolve(recipe)
-        return None if resolved is None else self._fast.merge(resolved)
 
     def _load(self, located: dict[str, Located]) -> None:
         self._references: dict[str, ModelReference] = {}
@@ -143,14 +188,6 @@ class Merger:
                 self._loaders[reference] = held
                 self._lossless = self._lossless and lossless
         self.bytes_held = layout.count_bytes(t for w in self._loaders.values() for t in w.tensors.values())
-
-    def _fast_merge(self) -> FastMerge:
-        parameters = self.model.named_parameters(remove_duplicate=False)
-        outputs = {name: self._arena.slot(p.data) for name, p in parameters}
-        dtypes = [buffer.dtype for buffer in self._arena.buffers]
-        engine = engine_for(self._arena, self._device, dtypes)
-        resolver = Resolver(lambda recipe: plan.trace(*self._plannable(recipe)))
-        return FastMerge(self._arena, engine, resolver, outputs, self._dtype)
 
     def _plannable(self, recipe: dict[str, Any]) -> tuple[Any, Any, Any]:
         """Return what mergekit's planner takes."""

@@ -31,6 +31,7 @@ class Target:
         name: Of the output.
         models: The models that it is merged from, in mergekit's order.
         tensors: What is read of each of them.
+        inputs: The names of these.
         base: Index of the base model among them; None without one.
         constants: Parameters that are no floats (`normalize`, say), resolved.
     """
@@ -38,6 +39,7 @@ class Target:
     name: str
     models: tuple[Any, ...]
     tensors: tuple[torch.Tensor, ...]
+    inputs: tuple[str, ...]
     base: int | None
     constants: Mapping[str, Any]
 
@@ -165,7 +167,7 @@ def _target(entry: plan.Traced, parts: Split, spec: Any) -> Target | None:
             constants[parameter.name] = parameter.validate(parameter.default) if found is None else found
     order = list(task.model_order)
     base = order.index(task.base_model) if task.base_model in order else None
-    return Target(entry.step.name, tuple(order), tuple(tensors), base, constants)
+    return Target(entry.step.name, tuple(order), tuple(tensors), entry.inputs, base, constants)
 
 
 def _row(
