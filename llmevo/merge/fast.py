@@ -10,14 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmevo.errors import StageError
-from llmevo.merge import coefficients
+from llmevo.merge import coefficients, masks
 from llmevo.merge.coefficients import Weights
-from llmevo.merge.engines import Engine, Sum
 from llmevo.merge.layout import Arena, Slot
 from llmevo.merge.resolve import Resolved, Resolver, Skeleton
+from llmevo.merge.works import Engine, Sum, Work
 
 if TYPE_CHECKING:
     import torch
+
+# One row of numbers for each target: equal rows give equal tensors.
+Rows = NDArray[np.floating[Any]]
 
 
 @final
@@ -91,7 +94,7 @@ class Bound:
 
 @final
 class FastMerge:
-    """Merges recipes of the methods in `coefficients.METHODS` into the resident model's buffer.
+    """Merges into the resident model's buffer; for methods in `coefficients.METHODS` and `masks.METHODS`.
 
     Args:
         arena: The buffers of the models and of the resident model.
@@ -114,8 +117,11 @@ class FastMerge:
         self._resolver = resolver
         self._outputs = outputs
         self._dtype = dtype
+        self._masks = masks.Masks(arena, engine)
+        # Thresholds are found in histograms of bfloat16 patterns.
+        self._has_patterns = str(dtype) == "torch.bfloat16"
         self._bound: dict[str, Bound] = {}
-        self._last: tuple[str, NDArray[np.float32]] | None = None
+        self._last: tuple[str, Rows] | None = None
 
     def forget(self) -> None:
         """Write everything anew next time: the model may hold anything."""
@@ -123,7 +129,8 @@ class FastMerge:
 
     def resolve(self, recipe: dict[str, Any]) -> Resolved | None:
         """Return the recipe with its parameters resolved; None if it has no fast form."""
-        if recipe.get("merge_method") not in coefficients.METHODS:
+        method = recipe.get("merge_method")
+        if method not in coefficients.METHODS and not (method in masks.METHODS and self._has_patterns):
             return None
         wanted = str(self._dtype).removeprefix("torch.")
         if recipe.get("dtype") not in (None, wanted) or recipe.get("out_dtype") not in (None, wanted):
@@ -145,21 +152,34 @@ class FastMerge:
         """
         skeleton = resolved.skeleton
         bound = self._bind(skeleton)
-        weights = coefficients.METHODS[skeleton.method](resolved, self._dtype)
-        effective = bound.effective(weights)
         last, self._last = self._last, None
-        changed = np.ones(len(effective), dtype=bool)
-        if last is not None and last[0] == skeleton.key:
-            changed = (effective != last[1]).any(axis=1)
-        spans = _spans(effective, changed, bound.follows)
-        works = [bound.work(a, b, effective[a], shifts=weights.shifts) for a, b in spans]
+        rows: Rows
+        if skeleton.method in masks.METHODS:
+            rows = self._masks.rows(resolved, seed)[bound.order]
+            changed = self._changed(skeleton, rows, last)
+            spans = [(i, i + 1) for i in np.flatnonzero(changed).tolist()]
+            works: list[Work] = [
+                self._masks.work(resolved, bound.order[i], bound.out[i], bound.sources[i], seed)
+                for i, _ in spans
+            ]
+        else:
+            weights = coefficients.METHODS[skeleton.method](resolved, self._dtype)
+            rows = bound.effective(weights)
+            changed = self._changed(skeleton, rows, last)
+            spans = _spans(rows, changed, bound.follows)
+            works = [bound.work(a, b, rows[a], shifts=weights.shifts) for a, b in spans]
         bad = self._engine.run(works)
         if bad:
-            start, stop = spans[bad[0]]
-            raise StageError("merge", self._complaint(bound, start, stop))
-        self._last = (skeleton.key, effective)
+            raise StageError("merge", self._complaint(bound, *spans[bad[0]]))
+        self._last = (skeleton.key, rows)
         width = self._arena.buffers[bound.out[0].buffer].element_size()
         return sum(bound.out[i].stop - bound.out[i].start for i in np.flatnonzero(changed)) * width
+
+    def _changed(self, skeleton: Skeleton, rows: Rows, last: tuple[str, Rows] | None) -> NDArray[np.bool_]:
+        if last is None or last[0] != skeleton.key:
+            return np.ones(len(rows), dtype=bool)
+        changed: NDArray[np.bool_] = (rows != last[1]).any(axis=1)
+        return changed
 
     def _complaint(self, bound: Bound, start: int, stop: int) -> str:
         import torch
@@ -171,9 +191,7 @@ class FastMerge:
         return "the merge has values that are NaN or infinite"
 
 
-def _spans(
-    rows: NDArray[np.float32], changed: NDArray[np.bool_], follows: NDArray[np.bool_]
-) -> list[tuple[int, int]]:
+def _spans(rows: Rows, changed: NDArray[np.bool_], follows: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return ranges of neighbouring, changed targets with equal rows."""
     joins = follows.copy()
     joins[1:] &= (rows[1:] == rows[:-1]).all(axis=1) & changed[:-1]

@@ -121,8 +121,8 @@ class Merger:
         """Name the weights that `merge` with the same arguments would write.
 
         Two merges of one name give the same weights, in any process: the name follows from the contents of
-        the models' files, the parameters of every tensor, the mode, the dtypes, the kind of device, the version
-        of mergekit, and the seed where the method draws masks. Files are read once, when first asked.
+        the models' files, the parameters of every tensor, the mode, the dtypes, the kind of device, the
+        version of mergekit, and the seed where the method draws masks. Files are read when first asked.
 
         Returns:
             A hexadecimal number.
