@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmevo.merge.resolve import Numbers, Resolved
 
@@ -32,27 +33,26 @@ class Weights:
     shifts: bool
 
 
-Method = Callable[[Resolved, "torch.dtype"], Weights]
+# Dot products of the models' tensors, or of their differences from the base, `[targets, models, models]`.
+Grams = Callable[[bool], Numbers]
+Method = Callable[[Resolved, "torch.dtype", Grams], Weights]
 
 
-def linear(resolved: Resolved, dtype: torch.dtype) -> Weights:
+def linear(resolved: Resolved, dtype: torch.dtype, grams: Grams) -> Weights:
     """The weighted mean or sum; weights that add up to 0 give values that are not finite."""
     weight = resolved.values["weight"]
     with np.errstate(all="ignore"):
         total = weight.sum(axis=1, keepdims=True)
-        return Weights(np.where(_flags(resolved, "normalize"), weight / total, weight), shifts=False)
+        return Weights(np.where(flags(resolved, "normalize"), weight / total, weight), shifts=False)
 
 
-def task_arithmetic(resolved: Resolved, dtype: torch.dtype) -> Weights:
+def task_arithmetic(resolved: Resolved, dtype: torch.dtype, grams: Grams) -> Weights:
     """The base and a weighted sum of differences; mergekit has the weights and their sum in `dtype`."""
     weight = rounded(np.nan_to_num(resolved.values["weight"]), dtype)
     total = rounded(weight.sum(axis=1, keepdims=True), dtype)
     total = np.where(np.abs(total) < 1e-8, 1.0, total)
-    weight = np.where(_flags(resolved, "normalize"), weight / total, weight)
+    weight = np.where(flags(resolved, "normalize"), weight / total, weight)
     return Weights(weight * resolved.values["lambda"], shifts=True)
-
-
-METHODS: dict[str, Method] = {"linear": linear, "task_arithmetic": task_arithmetic}
 
 
 def rounded(values: Numbers, dtype: torch.dtype) -> Numbers:
@@ -63,6 +63,7 @@ def rounded(values: Numbers, dtype: torch.dtype) -> Numbers:
     return result
 
 
-def _flags(resolved: Resolved, name: str) -> Numbers:
+def flags(resolved: Resolved, name: str) -> NDArray[np.bool_]:
+    """Return a parameter that is true or false, `[targets, 1]`."""
     targets: Sequence[object] = [target.constants[name] for target in resolved.skeleton.targets]
     return np.array(targets, dtype=bool)[:, None]

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmevo.errors import StageError
-from llmevo.merge import coefficients, masks
-from llmevo.merge.coefficients import Weights
+from llmevo.merge import coefficients, masks, spherical
+from llmevo.merge.coefficients import Method, Weights
 from llmevo.merge.layout import Arena, Slot
-from llmevo.merge.resolve import Resolved, Resolver, Skeleton
+from llmevo.merge.resolve import Resolved, Resolver, Skeleton, Target
 from llmevo.merge.works import Engine, Sum, Work
 
 if TYPE_CHECKING:
@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 
 # One row of numbers for each target: equal rows give equal tensors.
 Rows = NDArray[np.floating[Any]]
+
+
+# Elements of a block of dot products.
+_BLOCK = 1 << 18
+
+METHODS: dict[str, Method] = {
+    "linear": coefficients.linear,
+    "task_arithmetic": coefficients.task_arithmetic,
+    "slerp": spherical.slerp,
+    "nuslerp": spherical.nuslerp,
+    "multislerp": spherical.multislerp,
+    "karcher": spherical.karcher,
+    "model_stock": spherical.model_stock,
+}
+# Variants that work row by row, and so are no weighted sums of whole tensors.
+_WHOLE = {"nuslerp": ("nuslerp_flatten", True), "model_stock": ("filter_wise", False)}
 
 
 @final
@@ -42,7 +58,8 @@ class Bound:
     """
 
     def __init__(self, skeleton: Skeleton, arena: Arena, outputs: Mapping[str, Slot]) -> None:
-        targets = skeleton.targets
+        targets = self._targets = skeleton.targets
+        self._grams: dict[bool, NDArray[np.float64]] = {}
         known = [i for i, target in enumerate(targets) if target.name in outputs]
         self.order = sorted(known, key=lambda i: _place(outputs[targets[i].name]))
         self.names = [targets[i].name for i in self.order]
@@ -51,8 +68,11 @@ class Bound:
             targets[i].tensors[0].numel() == slot.stop - slot.start
             for i, slot in zip(self.order, self.out, strict=True)
         )
+        name, wanted = _WHOLE.get(skeleton.method, (None, None))
+        whole = name is None or all(target.constants[name] is wanted for target in targets)
         self.covers = (
-            fits
+            whole
+            and fits
             and len(known) == len(targets)
             and sorted(map(_place, self.out)) == sorted({_place(slot) for slot in outputs.values()})
         )
@@ -67,6 +87,15 @@ class Bound:
         self.follows = np.array(follows, dtype=bool)
         self.follows[1:] &= np.array([a == b for a, b in itertools.pairwise(self.bases)], dtype=bool)
         self.follows[1:] &= (self.first[1:] == self.first[:-1]).all(axis=1)
+
+    def grams(self, shifts: bool) -> NDArray[np.float64]:
+        """Return the dot products of the models' tensors, or of their differences from the base; kept.
+
+        They are `[targets, models, models]`, in the skeleton's order; of a base and its difference, 0.
+        """
+        if shifts not in self._grams:
+            self._grams[shifts] = np.stack([_gram(target, shifts) for target in self._targets])
+        return self._grams[shifts]
 
     def effective(self, weights: Weights) -> NDArray[np.float32]:
         """Return the weights of distinct tensors, in the output buffer's order; 0 for what adds nothing."""
@@ -94,7 +123,7 @@ class Bound:
 
 @final
 class FastMerge:
-    """Merges into the resident model's buffer; for methods in `coefficients.METHODS` and `masks.METHODS`.
+    """Merges into the resident model's buffer; for methods in `METHODS` and `masks.METHODS`.
 
     Args:
         arena: The buffers of the models and of the resident model.
@@ -130,7 +159,7 @@ class FastMerge:
     def resolve(self, recipe: dict[str, Any]) -> Resolved | None:
         """Return the recipe with its parameters resolved; None if it has no fast form."""
         method = recipe.get("merge_method")
-        if method not in coefficients.METHODS and not (method in masks.METHODS and self._has_patterns):
+        if method not in METHODS and not (method in masks.METHODS and self._has_patterns):
             return None
         wanted = str(self._dtype).removeprefix("torch.")
         if recipe.get("dtype") not in (None, wanted) or recipe.get("out_dtype") not in (None, wanted):
@@ -163,7 +192,7 @@ class FastMerge:
                 for i, _ in spans
             ]
         else:
-            weights = coefficients.METHODS[skeleton.method](resolved, self._dtype)
+            weights = METHODS[skeleton.method](resolved, self._dtype, bound.grams)
             rows = bound.effective(weights)
             changed = self._changed(skeleton, rows, last)
             spans = _spans(rows, changed, bound.follows)
@@ -202,6 +231,22 @@ def _spans(rows: Rows, changed: NDArray[np.bool_], follows: NDArray[np.bool_]) -
         else:
             spans.append((index, index + 1))
     return spans
+
+
+def _gram(target: Target, shifts: bool) -> NDArray[np.float64]:
+    """Multiply tensors with each other in float64, a block at a time."""
+    import torch
+
+    flat = [tensor.reshape(-1) for tensor in target.tensors]
+    gram = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
+    for low in range(0, flat[0].numel(), _BLOCK):
+        block = torch.stack([tensor[low : low + _BLOCK] for tensor in flat])
+        if shifts and target.base is not None:
+            block = block - block[target.base]
+        block = block.double()
+        gram += block @ block.T
+    result: NDArray[np.float64] = gram.cpu().numpy()
+    return result
 
 
 def _span(first: Slot, last: Slot) -> Slot:
