@@ -49,8 +49,8 @@ def nuslerp(resolved: Resolved, dtype: torch.dtype, grams: Grams) -> Weights:
 def multislerp(resolved: Resolved, dtype: torch.dtype, grams: Grams) -> Weights:
     """The direction of the weighted mean of unit vectors, with the weighted mean of their norms.
 
-    mergekit's way over the tangent space at that mean leads back to it: the weighted sum of the tangents there
-    is 0 but for rounding.
+    mergekit's way over the tangent space at that mean leads back to it: the weighted sum of the tangents is 0
+    but for rounding.
     """
     shifts, used = _non_base(resolved)
     if used.shape[1] == 1:
@@ -158,7 +158,8 @@ def _non_base(resolved: Resolved) -> tuple[bool, np.ndarray]:
 
 def _among(gram: Numbers, used: np.ndarray) -> Numbers:
     """Return the dot products among some of the models."""
-    return gram[np.arange(len(used))[:, None, None], used[:, :, None], used[:, None, :]]
+    among: Numbers = gram[np.arange(len(used))[:, None, None], used[:, :, None], used[:, None, :]]
+    return among
 
 
 def _spread(resolved: Resolved, values: Numbers, used: np.ndarray, *, shifts: bool) -> Weights:
