@@ -1,9 +1,9 @@
 """What `loop.py` measures on: three experts as whole models, three tasks, and candidates for each method.
 
-The experts are SmolLM2-135M-Instruct after a short LoRA training on one subject each (the quickstart's facts), with
-the adapter added to the weights and rounded to bfloat16. The tasks have the shapes that make evaluations
-of merges: choices of several tokens without examples, choices of one token without examples, and numbers
-after five fixed examples.
+The experts are SmolLM2-135M-Instruct after a short LoRA training on one subject each (the quickstart's
+facts), with the adapter added to the weights and rounded to bfloat16. The tasks have the shapes that
+evaluations of merges are made of: choices of several tokens without examples, choices of one token without
+examples, and numbers after five fixed examples.
 
 Nothing here imports llmevo's own engines: the peers read the same files.
 """
@@ -105,7 +105,7 @@ def _merged(adapter: Path, whole: Path) -> None:
 def tasks(items: int, folder: Path = CACHE) -> Path:
     """Write the three tasks with `items` questions together; return their folder.
 
-    The questions are the same for every run of this script, and a smaller number is the beginning of a larger.
+    The questions are the same for every run of this script; a smaller number is the beginning of a larger.
     """
     sys.path.insert(0, str(ROOT / "examples"))
     import quickstart_data as data

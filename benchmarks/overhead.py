@@ -4,9 +4,9 @@
     python benchmarks/overhead.py --proposers cma --genes 800 --again
     python benchmarks/overhead.py --report               the table from what is stored
 
-The real runner, optimizer, proposer, store and plain display drive a stub in place of the models, which answers at
-once with the answers to 300 questions. What the stub takes is subtracted; the rest is ask, store, tell and
-display. The time of a trial is that of its batch over the batch's size, since a batch is asked at once.
+The real runner, optimizer, proposer, store and plain display drive a stub in place of the models, which
+answers at once with the answers to 300 questions. What the stub takes is subtracted; the rest is ask, store,
+tell and display. The time of a trial is that of its batch over the batch's size, since a batch is asked at once.
 """
 
 from __future__ import annotations

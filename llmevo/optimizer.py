@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, final
 
 import numpy as np
@@ -74,6 +75,7 @@ class Optimizer:
         for number, trial in enumerate(self._trials):
             if trial.number != number:
                 raise TrialError(f"`trials` must be numbered 0, 1, 2, ..., but {number} is missing.")
+        self._best = best(self._trials, self.direction)
         self._queue: list[_Enqueued] = []
         self._exhausted = False
 
@@ -85,7 +87,7 @@ class Optimizer:
     @property
     def best(self) -> Trial | None:
         """The complete trial that stands highest (see `trial.ranked`), or None."""
-        return best(self._trials, self.direction)
+        return self._best
 
     def enqueue(
         self,
@@ -210,6 +212,7 @@ class Optimizer:
         )
         if known.state is State.PENDING:
             self._trials[number] = told
+            self._best = best([told] if self._best is None else [self._best, told], self.direction)
         elif (known.value, known.error) != (told.value, told.error):
             raise TrialError(
                 f"trial {number} was already told {known.error or known.value!r}, and now got "
@@ -226,16 +229,27 @@ class Optimizer:
         reasons: dict[str, str] = {}
         if self._exhausted:
             reasons["exhausted"] = "the proposer has no new point to offer in this space"
-        finished = [trial for trial in self._trials if trial.state is not State.PENDING]
-        last = finished[-_FAILURES_IN_A_ROW:]
+        # From the end, and no further than needed: this is asked after every batch.
+        finished = (trial for trial in reversed(self._trials) if trial.state is not State.PENDING)
+        last = list(islice(finished, _FAILURES_IN_A_ROW))
         if len(last) == _FAILURES_IN_A_ROW and all(t.state is State.FAILED for t in last):
-            reasons["failing"] = f"the last {len(last)} trials failed, the latest: {last[-1].error}"
-        recent = [t for t in finished if t.score is not None and t.params][-_CONVERGED_TRIALS:]
-        if len(recent) == _CONVERGED_TRIALS:
-            units = np.array([self.space.to_unit(trial.params) for trial in recent])
-            if float(np.ptp(units, axis=0).max()) < _CONVERGED_WIDTH:
-                reasons["converged"] = f"the last {len(recent)} trials are the same point"
+            reasons["failing"] = f"the last {len(last)} trials failed, the latest: {last[0].error}"
+        if self._converged():
+            reasons["converged"] = f"the last {_CONVERGED_TRIALS} trials are the same point"
         return reasons
+
+    def _converged(self) -> bool:
+        complete = (trial for trial in reversed(self._trials) if trial.score is not None and trial.params)
+        low = high = None
+        count = 0
+        for trial in islice(complete, _CONVERGED_TRIALS):
+            unit = self.space.to_unit(trial.params)
+            low = unit if low is None else np.minimum(low, unit)
+            high = unit if high is None else np.maximum(high, unit)
+            if float((high - low).max()) >= _CONVERGED_WIDTH:
+                return False
+            count += 1
+        return count == _CONVERGED_TRIALS
 
 
 def _score(value: Any) -> tuple[Score | None, str | None]:

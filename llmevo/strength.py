@@ -94,17 +94,22 @@ def improvements(trials: Sequence[Trial], direction: Direction) -> list[bool]:
     won: list[bool] = []
     incumbent: Score | None = None
     for _, group in groupby(trials, key=lambda trial: trial.batch):
-        scores = [trial.score for trial in group]
-        if incumbent is None:
-            won += [False] * len(scores)
-            known = [score for score in scores if score is not None]
-        else:
-            before = incumbent
-            better = [score is not None and _beats(score, before, direction, 1.0) for score in scores]
-            won += better
-            known = [score for score, hit in zip(scores, better, strict=True) if hit and score is not None]
-        incumbent = _highest(known, incumbent, direction)
+        better, incumbent = improved(list(group), incumbent, direction)
+        won += better
     return won
+
+
+def improved(
+    batch: Sequence[Trial], incumbent: Score | None, direction: Direction
+) -> tuple[list[bool], Score | None]:
+    """For each trial of one batch, whether it beat the incumbent; and the incumbent after the batch."""
+    scores = [trial.score for trial in batch]
+    if incumbent is None:
+        found = [score for score in scores if score is not None]
+        return [False] * len(scores), _highest(found, None, direction)
+    better = [score is not None and _beats(score, incumbent, direction, 1.0) for score in scores]
+    found = [score for score, hit in zip(scores, better, strict=True) if hit and score is not None]
+    return better, _highest(found, incumbent, direction)
 
 
 def _beats(score: Score, incumbent: Score, direction: Direction, z: float) -> bool:

@@ -2,10 +2,10 @@
 
     PYTHON driver.py GENOME CANDIDATES TASKS --first 0 --count 3 --threads 2 --out rows.json
 
-It runs the published evaluator, `mergekit.evo.actors.InMemoryMergeEvaluator.evaluate_genotype`, one array after
-another, and writes for each one the seconds of merge and evaluation and the scores. Ray is left out: the
-actor's class is used directly, which spares it the start of Ray, its queue, and the one thread that Ray would
-give it (`--threads 1` is what Ray gives, since it sets OMP_NUM_THREADS to the actor's one CPU).
+It runs the published evaluator, `mergekit.evo.actors.InMemoryMergeEvaluator.evaluate_genotype`, one array
+after another, and writes for each one the seconds of merge and evaluation and the scores. Ray is left out:
+the actor's class is used directly, which spares it the start of Ray, its queue, and the one thread that Ray
+would give it (`--threads 1` is what Ray gives, since it sets OMP_NUM_THREADS to the actor's one CPU).
 
 Nothing in site-packages is changed. What is mended here, so that it starts at all, is marked OBSTACLE; what
 makes it faster than it is published is off unless asked for, and marked GENEROUS.
@@ -27,9 +27,10 @@ from typing import Any
 def stub_vllm() -> None:
     """Let mergekit.evo be imported where vLLM is not installed.
 
-    OBSTACLE: actors.py evaluates `lm_eval.models.vllm_causallms.VLLM` in a class annotation at import, which is an
-    AttributeError with every lm_eval since 0.4.10, and monkeypatch.py imports that module, which imports vLLM. Older
-    lm_evals do not work with the transformers 5 that is needed otherwise. An empty module of that name serves both.
+    OBSTACLE: actors.py evaluates `lm_eval.models.vllm_causallms.VLLM` in a class annotation at import, which
+    is an AttributeError with every lm_eval since 0.4.10, and monkeypatch.py imports that module, which imports
+    vLLM. Older lm_evals do not work with the transformers 5 that is needed otherwise. An empty module of that
+    name serves both.
     """
     import lm_eval.models
 
@@ -42,8 +43,8 @@ def stub_vllm() -> None:
 def complete_architectures() -> None:
     """Let mergekit's architectures hold a configuration of transformers 5.12.
 
-    OBSTACLE: that configuration's annotations name `torch` without importing it, so that pydantic leaves the classes
-    which hold one undefined until they are told what `torch` is.
+    OBSTACLE: that configuration's annotations name `torch` without importing it, so that pydantic leaves the
+    classes which hold one undefined until they are told what `torch` is.
     """
     import torch
     from mergekit.architecture import base
@@ -65,8 +66,8 @@ def without_ray() -> Any:
 def allow_batches(size: int) -> None:
     """GENEROUS: evaluate `size` requests at once.
 
-    Published, the model is wrapped as `HFLM(pretrained=inner_model)`, whose batch size is 1, and `simple_evaluate`
-    ignores the batch size that it is given beside a model object.
+    Published, the model is wrapped as `HFLM(pretrained=inner_model)`, whose batch size is 1, and
+    `simple_evaluate` ignores the batch size that it is given beside a model object.
     """
     import lm_eval.models.huggingface as huggingface
 
@@ -81,8 +82,8 @@ def allow_batches(size: int) -> None:
 def evaluator(genome_path: Path, task_folder: Path) -> Any:
     """What `mergekit-evolve GENOME --in-memory --no-merge-cuda --no-reshard` makes, with its options.
 
-    `--merge-cuda` (the default) finds no device on this machine. `--reshard` would copy each parent into one bfloat16
-    file, which they are.
+    `--merge-cuda` (the default) finds no device on this machine. `--reshard` would copy each parent into one
+    bfloat16 file, which they are.
     """
     import lm_eval.tasks
     import yaml

@@ -10,9 +10,10 @@ import numpy as np
 
 from llmevo.errors import ProposerError
 from llmevo.proposers import Direction
+from llmevo.proposers.settled import Settled
 from llmevo.space import Categorical, Gene, Params, Space, Vector
 from llmevo.strength import OneFifth, Strength
-from llmevo.trial import Proposal, State, Trial, ranked
+from llmevo.trial import Proposal, Trial, ranked
 
 _POPULATION = 8
 _TOURNAMENT = 3
@@ -60,7 +61,9 @@ class GA:
         self.strength: Strength = OneFifth() if strength is None else strength
         self._genes = list(space.genes.values())
         self._free = [index for index, gene in enumerate(self._genes) if gene.count != 1]
-        self._forget()
+        self._settled = Settled()  # with what is known of the settled trials:
+        self._keys: set[str] = set()
+        self._top: list[Trial] = []
 
     def propose(self, n: int, trials: Sequence[Trial], rng: np.random.Generator) -> list[Proposal]:
         """Suggest up to `n` new points; fewer once a finite space is used up."""
@@ -80,23 +83,15 @@ class GA:
             proposals.append(Proposal(point, "ga", attrs))
         return proposals
 
-    def _forget(self) -> None:
-        self._seen: list[Trial] = []  # finished trials from the first on, with what is known of them:
-        self._keys: set[str] = set()
-        self._top: list[Trial] = []
-
     def _digested(self, trials: Sequence[Trial]) -> tuple[list[Trial], set[str]]:
         """The parents, best first, and the keys of all points; only what is new is looked at."""
-        if list(trials[: len(self._seen)]) != self._seen:
-            self._forget()
-        rest = list(trials[len(self._seen) :])
-        pending = (place for place, trial in enumerate(rest) if trial.state is State.PENDING)
-        settled = next(pending, len(rest))
-        self._seen += rest[:settled]
-        self._keys.update(self.space.key(trial.params) for trial in rest[:settled])
-        self._top = self._best([*self._top, *rest[:settled]])
-        keys = {self.space.key(trial.params) for trial in rest[settled:]}
-        return self._best([*self._top, *rest[settled:]]), self._keys | keys
+        goes_on, new, rest = self._settled.split(trials)
+        if not goes_on:
+            self._keys, self._top = set(), []
+        self._keys.update(self.space.key(trial.params) for trial in new)
+        self._top = self._best([*self._top, *new])
+        keys = {self.space.key(trial.params) for trial in rest}
+        return self._best([*self._top, *rest]), self._keys | keys
 
     def _best(self, trials: Sequence[Trial]) -> list[Trial]:
         return ranked(trials, self.direction)[: self.population]

@@ -11,7 +11,7 @@ import numpy as np
 from llmevo.errors import LLMContentError, LLMError, ProposerError
 from llmevo.proposers import Direction, Proposer, make
 from llmevo.proposers.screen import Screen
-from llmevo.proposers.share import owed, share_now
+from llmevo.proposers.share import Share, Turns
 from llmevo.space import Space
 from llmevo.trial import Proposal, Trial
 
@@ -22,7 +22,7 @@ class Hybrid:
 
     The guest's turns are counted, not drawn: of the first k trials proposed after the warm-up, it has the
     floor of the sum of their shares (`attrs["share"]`), the spacing of Bresenham's line. With `adapt` the
-    share falls while the guest wins less than the base (see `share_now`). With `screen` a point of the guest
+    share falls while the guest wins less than the base (see `Share`). With `screen` a point of the guest
     that the history speaks against (see `Screen`) is turned away: the base takes the slot, and its trial says
     so in `attrs["turned_away"]`, a list of `{"origin", "params", "why", "attrs"}`. While the base waits for
     pending trials the guest gets no more than its turns.
@@ -90,6 +90,9 @@ class Hybrid:
         self.adapt = adapt
         self.screen = screen
         self.on_outage = on_outage
+        self._share = Share(direction, share)
+        self._turns = Turns(warmup)
+        self._judge = Screen(space, direction)
 
     def propose(self, n: int, trials: Sequence[Trial], rng: np.random.Generator) -> list[Proposal]:
         """Suggest up to `n` points, the base's first and then the guest's.
@@ -97,10 +100,10 @@ class Hybrid:
         Raises:
             ProposerError: The base or the guest cannot go on.
         """
-        share = share_now(trials, self.direction, self.share) if self.adapt else self.share
-        wanted = owed(trials, self.warmup, share, n)
+        share = self._share.now(trials) if self.adapt else self.share
+        wanted = self._turns.owed(trials, share, n)
         own = self.base.propose(n - wanted, trials, rng) if wanted < n else []
-        turns = (k for k in range(wanted, 0, -1) if k <= owed(trials, self.warmup, share, len(own) + k))
+        turns = (k for k in range(wanted, 0, -1) if k <= self._turns.owed(trials, share, len(own) + k))
         room = next(turns, 0)
         guests: list[Proposal] = []
         if room:
@@ -147,8 +150,8 @@ class Hybrid:
         """The guest's points that are worth an evaluation, and the others with the reason."""
         if not self.screen or not guests:
             return list(guests), []
-        judge = Screen(self.space, self.direction, trials)
-        verdicts = [(proposal, judge.hopeless(proposal.params)) for proposal in guests]
+        self._judge.look(trials)
+        verdicts = [(proposal, self._judge.hopeless(proposal.params)) for proposal in guests]
         return (
             [proposal for proposal, why in verdicts if why is None],
             [(proposal, why) for proposal, why in verdicts if why is not None],

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import final
 
 import numpy as np
 
 from llmevo.llm.blocks import View, Whole
 from llmevo.llm.encode import level_key
+from llmevo.proposers import Direction
 from llmevo.proposers.ga import reflect
+from llmevo.proposers.settled import Settled
 from llmevo.space import Categorical, Params, Space
-from llmevo.trial import Trial
+from llmevo.trial import Trial, best
 
 _ATTEMPTS = 32  # at a point that is not known, each with wider noise
 _WIDEST = 0.5
@@ -23,27 +25,33 @@ class Known:
 
     Args:
         space: What they are points of.
-        trials: The history.
+        trials: The history, or what of it is not in `before`.
+        before: Keys and level keys of other known points; see `Memory`. They are not changed.
     """
 
-    def __init__(self, space: Space, trials: Sequence[Trial]) -> None:
+    def __init__(
+        self, space: Space, trials: Sequence[Trial], before: tuple[Set[str], Set[str]] = (frozenset(),) * 2
+    ) -> None:
         self._space = space
-        self._keys = {space.key(trial.params) for trial in trials}
+        self._old_keys, self._old_levels = before
+        self._keys = {space.key(trial.params) for trial in trials} - self._old_keys
         self._levels = {level_key(space, trial.params) for trial in trials}
 
     @property
     def complete(self) -> bool:
         """Whether a finite space surely has no other point."""
-        return self._space.count is not None and len(self._keys) >= self._space.count
+        known = len(self._keys) + len(self._old_keys)
+        return self._space.count is not None and known >= self._space.count
 
     def copied(self, point: Params) -> bool:
         """Whether a model that sees levels could not tell `point` from a known one."""
-        return level_key(self._space, point) in self._levels
+        key = level_key(self._space, point)
+        return key in self._levels or key in self._old_levels
 
     def add(self, point: Params) -> bool:
         """Add `point`; false if it was known."""
         key = self._space.key(point)
-        if key in self._keys:
+        if key in self._keys or key in self._old_keys:
             return False
         self._keys.add(key)
         self._levels.add(level_key(self._space, point))
@@ -74,6 +82,41 @@ class Known:
             if self.add(candidate):
                 return candidate
         return None
+
+
+@final
+class Memory:
+    """The known points and the best trial of a history that goes on: each trial is looked at once.
+
+    Args:
+        space: What they are points of.
+        direction: `maximize` or `minimize`.
+    """
+
+    def __init__(self, space: Space, direction: Direction) -> None:
+        self._space, self._direction = space, direction
+        self._settled = Settled()
+        self._keys: set[str] = set()
+        self._levels: set[str] = set()
+        self._best: Trial | None = None
+
+    def recall(self, trials: Sequence[Trial]) -> tuple[Known, Trial | None]:
+        """The points of `trials`, to which a batch may be added, and the best of them.
+
+        The answer is valid until the next call.
+        """
+        goes_on, new, rest = self._settled.split(trials)
+        if not goes_on:
+            self._keys, self._levels, self._best = set(), set(), None
+        self._keys.update(self._space.key(trial.params) for trial in new)
+        self._levels.update(level_key(self._space, trial.params) for trial in new)
+        self._best = best(_present(self._best, new), self._direction)
+        known = Known(self._space, rest, (self._keys, self._levels))
+        return known, best(_present(self._best, rest), self._direction)
+
+
+def _present(first: Trial | None, others: Sequence[Trial]) -> list[Trial]:
+    return [*others] if first is None else [first, *others]
 
 
 def noisy(space: Space, point: Params, sigma: float, rng: np.random.Generator) -> Params:

@@ -11,9 +11,8 @@ from typing import final
 
 import numpy as np
 
-from llmevo.llm.digest import rank
 from llmevo.proposers import Direction
-from llmevo.proposers.nearby import Known
+from llmevo.proposers.nearby import Memory
 from llmevo.space import Space
 from llmevo.strength import OneFifth, Strength
 from llmevo.trial import Proposal, Trial
@@ -33,18 +32,18 @@ class Placebo:
         self.space = space
         self.direction: Direction = direction
         self._strength = strength or OneFifth()
+        self._memory = Memory(space, direction)
 
     def propose(self, n: int, trials: Sequence[Trial], rng: np.random.Generator) -> list[Proposal]:
         """Suggest up to `n` new points; fewer if a finite space has no more."""
-        ranked = rank(trials, self.direction)
-        known = Known(self.space, trials)
-        centre = self.space.start() if ranked.best is None else ranked.best.params
+        known, best = self._memory.recall(trials)
+        centre = self.space.start() if best is None else best.params
         sigma = self._strength(trials, self.direction)
         made: list[Proposal] = []
         for _ in range(n):
             if known.complete:
                 break
-            if ranked.best is None and known.add(centre):
+            if best is None and known.add(centre):
                 made.append(Proposal(centre, "placebo"))
                 continue
             point = known.near(centre, sigma, rng)
