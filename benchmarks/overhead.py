@@ -6,7 +6,8 @@
 
 The real runner, optimizer, proposer, store and plain display drive a stub in place of the models, which
 answers at once with the answers to 300 questions. What the stub takes is subtracted; the rest is ask, store,
-tell and display. The time of a trial is that of its batch over the batch's size, since a batch is asked at once.
+tell and display. The time of a trial is that of its batch over the batch's size, since a batch is asked at
+once.
 """
 
 from __future__ import annotations
@@ -128,6 +129,10 @@ class Watch:
         assert self._open is not None
         self._open["store"] += trial.cost["store"]
         self._display.finished(trial, best)
+
+    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+        """Not here: halving is off."""
+        self._display.sifted(items, entered, kept)
 
     def ended(self, summary: runner.RunSummary) -> None:
         """The last batch ends too; the summary is no trial's."""

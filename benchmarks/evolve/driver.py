@@ -28,7 +28,7 @@ def stub_vllm() -> None:
     """Let mergekit.evo be imported where vLLM is not installed.
 
     OBSTACLE: actors.py evaluates `lm_eval.models.vllm_causallms.VLLM` in a class annotation at import, which
-    is an AttributeError with every lm_eval since 0.4.10, and monkeypatch.py imports that module, which imports
+    is an AttributeError with every lm_eval since 0.4.10, and monkeypatch.py imports that module, which needs
     vLLM. Older lm_evals do not work with the transformers 5 that is needed otherwise. An empty module of that
     name serves both.
     """

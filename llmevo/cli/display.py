@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TextIO, TypeAlias, final
 
 from rich.console import Console, Group, RenderableType
@@ -22,6 +23,7 @@ from llmevo.trial import State, Trial, best
 Choice: TypeAlias = Literal["auto", "rich", "plain", "json", "none"]
 
 _ROWS = 12
+_SPARKS = 60  # bars
 _BARS = "▁▂▃▄▅▆▇█"
 _STYLES = {State.COMPLETE: "", State.FAILED: "red", State.PENDING: "dim"}
 
@@ -75,6 +77,24 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 
 @final
+@dataclass(slots=True)
+class _Pace:
+    """Seconds of some trials."""
+
+    seconds: float = 0.0
+    count: int = 0
+
+    def add(self, seconds: float) -> None:
+        """One more trial."""
+        self.join(_Pace(seconds, 1))
+
+    def join(self, other: _Pace) -> None:
+        """Other trials too."""
+        self.seconds += other.seconds
+        self.count += other.count
+
+
+@final
 class _Clock:
     """How long a sitting has taken, and how long it may still take.
 
@@ -84,7 +104,8 @@ class _Clock:
 
     def __init__(self, info: RunInfo | None = None) -> None:
         self._start = time.monotonic()
-        self._finished: list[Trial] = []
+        self._all, self._whole, self._batch = _Pace(), _Pace(), _Pace()
+        self._last = -1  # the batch of the latest trial, whose pace is `_batch`
         self._references = 0 if info is None else info.references
         self._workers = 1 if info is None else info.genome.run.workers
         self.budget = 0 if info is None else info.genome.search.trials
@@ -93,7 +114,13 @@ class _Clock:
     def tick(self, trial: Trial) -> None:
         """One more trial is finished."""
         self.done += 1
-        self._finished.append(trial)
+        seconds = trial_seconds(trial)
+        self._all.add(seconds)
+        if trial.batch != self._last:
+            self._whole.join(self._batch)
+            self._last, self._batch = trial.batch, _Pace()
+        if trial.number >= self._references:
+            self._batch.add(seconds)
 
     @property
     def elapsed(self) -> float:
@@ -107,12 +134,10 @@ class _Clock:
         The pace is that of this sitting's trials, without the time that models took to load; of the
         proposers' batches alone as soon as one is finished, since references answer all items.
         """
-        if not self._finished:
+        if not self._all.count:
             return None
-        last = self._finished[-1].batch
-        whole = [t for t in self._finished if t.number >= self._references and t.batch != last]
-        counted = whole or self._finished
-        mean = sum(trial_seconds(trial) for trial in counted) / len(counted)
+        counted = self._whole if self._whole.count else self._all
+        mean = counted.seconds / counted.count
         return mean / self._workers * max(self.budget - self.done, 0)
 
 
@@ -268,7 +293,8 @@ class RichDisplay:
         self._live: Live | None = None
         self._info: RunInfo | None = None
         self._clock = _Clock()
-        self._trials: dict[int, Trial] = {}
+        self._trials: dict[int, Trial] = {}  # the pending ones and the last of the others
+        self._items = 0
         self._answered: dict[int, int] = {}  # items, by trial that is not at its end
         self._best: Trial | None = None
 
@@ -276,6 +302,8 @@ class RichDisplay:
         """Start the table."""
         self._info, self._clock = info, _Clock(info)
         self._trials = {trial.number: trial for trial in info.trials}
+        self._items = all_items(info.trials)
+        self._prune()
         self._best = best(info.trials, info.genome.search.direction)
         self._console.print(escape(_opening(info)), style="bold", highlight=False)
         self._live = Live(console=self._console, get_renderable=self._view, refresh_per_second=4)
@@ -297,7 +325,17 @@ class RichDisplay:
         """Show the result."""
         self._clock.tick(trial)
         self._trials[trial.number] = trial
+        self._items = self._items or all_items([trial])
+        self._answered.pop(trial.number, None)
+        if len(self._trials) > 4 * _SPARKS:
+            self._prune()
         self._best = best
+
+    def _prune(self) -> None:
+        """Drop what will not be shown again: drawing must not grow with the run."""
+        done = sorted(n for n, t in self._trials.items() if t.state is not State.PENDING)
+        for place in done[: -2 * _SPARKS]:
+            del self._trials[place]
 
     def ended(self, summary: RunSummary) -> None:
         """Leave the last state of the table on the screen."""
@@ -327,7 +365,7 @@ class RichDisplay:
         scores = [trial.score.value for trial in self._trials.values() if trial.score is not None]
         width = max(self._console.width - 2, 1)
         header = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
-        return header.append(f"\n{sparkline(scores, min(width, 60))}", style="cyan")
+        return header.append(f"\n{sparkline(scores, min(width, _SPARKS))}", style="cyan")
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -350,7 +388,7 @@ class RichDisplay:
             same = trial.number == self._best.number
             gap = "best" if same else signed(trial.score.value - self._best.score.value)
         spent = "" if trial.state is State.PENDING else duration(trial_seconds(trial))
-        text = score_text(trial, all_items(self._trials.values()))
+        text = score_text(trial, self._items)
         if trial.state is State.PENDING and trial.number in self._answered:
             text = f"{self._answered[trial.number]} items so far"
         return str(trial.number), escape(trial.origin), escape(text), gap, spent
