@@ -137,7 +137,8 @@ def divide(trie: Trie, costs: Costs) -> list[Group]:
     grouped: dict[int, float] = {}
     for node in range(len(trie.end) - 1, 0, -1):
         prefix = trie.end[node]
-        if prefix >= _SHORTEST_PREFIX and trie.stop[node] > node + 2:
+        branches = trie.stop[node] > node + 1 and trie.stop[node + 1] < trie.stop[node]
+        if branches and prefix >= _SHORTEST_PREFIX:
             grouped[node] = (
                 costs.group
                 + prefix * (1 + costs.pair * prefix / 2)
