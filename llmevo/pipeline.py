@@ -89,8 +89,8 @@ class MergePipeline:
     """Merges a recipe into one resident model and evaluates it there.
 
     Parents, tasks and prompts are loaded when the pipeline is made; a job costs one merge and the forward
-    passes. A job that fails, in whatever way, leaves the pipeline ready for the next one: each merge writes
-    every weight anew.
+    passes. Weights that have answered a job's items before cost neither. A job that fails, in whatever way,
+    leaves the pipeline ready for the next one: each merge writes every weight anew.
 
     Args:
         genome: The genome.
@@ -138,10 +138,12 @@ class MergePipeline:
         try:
             with _timed(seconds, stage):
                 merged = self._recipes.recipe(job.params) if job.recipe is None else job.recipe
-                sizes[stage] = self._merger.merge(merged, job.seed, exact=job.exact)
+                weights = self._merger.identity(merged, job.seed, exact=job.exact)
+                if not self._evaluator.known(job.split, job.rung, weights):
+                    sizes[stage] = self._merger.merge(merged, job.seed, exact=job.exact)
             stage = "evaluate"
             with _timed(seconds, stage):
-                score, metrics = self._evaluator.evaluate(job.split, rung=job.rung)
+                score, metrics = self._evaluator.evaluate(job.split, rung=job.rung, weights=weights)
         except Exception as error:  # a trial's failure is data, whatever it is
             failed, reason = _reason(error, stage)
             outcome = Outcome(job.number, seconds=seconds, bytes=sizes, error=reason, stage=failed)

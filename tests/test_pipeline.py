@@ -82,11 +82,11 @@ def parent(path: str) -> dict[str, Any]:
     return {"merge_method": "passthrough", "models": [{"model": path}], "dtype": "bfloat16"}
 
 
-def start(genome: Genome) -> dict[str, Any]:
+def start(genome: Genome, at: float = 0.7) -> dict[str, Any]:
     from llmevo import recipe
 
     space = recipe.Recipes(genome, 4).space
-    return space.from_unit([0.7] * len(space))
+    return space.from_unit([at] * len(space))
 
 
 def test_a_job_becomes_a_score_with_its_costs(pipeline: MergePipeline, genome: Genome) -> None:
@@ -102,6 +102,29 @@ def test_a_job_becomes_a_score_with_its_costs(pipeline: MergePipeline, genome: G
     held = pipeline.run(Job(3, start(genome), seed=0, split="holdout"))
     assert held.score is not None
     assert len(held.score.items["letters"]) == 6
+
+
+def test_weights_that_have_answered_are_neither_merged_nor_asked(
+    genome: Genome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMEVO_CACHE", str(tmp_path))
+    halving = genome.search.halving.model_copy(update={"enabled": True, "first": 8})
+    search = genome.search.model_copy(update={"halving": halving})
+    first = MergePipeline(genome.model_copy(update={"search": search}))
+    params = start(genome)
+    small = first.run(Job(1, params, seed=0, rung=0))
+    assert small.items == {"scored": 8, "cached": 0}
+    whole = first.run(Job(1, params, seed=0))
+    assert whole.items == {"scored": 16, "cached": 8}
+    other = MergePipeline(genome.model_copy(update={"search": search}))  # another run
+    again = other.run(Job(7, params, seed=0))
+    assert again.items == {"scored": 0, "cached": 24}
+    assert "merge" not in again.bytes
+    assert (again.score, again.metrics) == (whole.score, whole.metrics)
+    exact = other.run(Job(8, params, seed=0, exact=True))
+    assert exact.items == {"scored": 24, "cached": 0}  # other arithmetic, other weights
+    off = genome.model_copy(update={"run": genome.run.model_copy(update={"cache": False})})
+    assert MergePipeline(off).run(Job(9, params, seed=0)).items["cached"] == 0
 
 
 def test_a_parents_recipe_scores_as_the_parent_does(pipeline: MergePipeline, genome: Genome) -> None:
@@ -173,7 +196,8 @@ def test_whatever_the_model_raises_is_one_line(
 
     hook = pipeline._merger.model.register_forward_pre_hook(fail)
     try:
-        outcome = pipeline.run(Job(5, start(genome), seed=0))
+        # A point of its own: answers that are kept need no model.
+        outcome = pipeline.run(Job(5, start(genome, len(error) / 100), seed=0))
     finally:
         hook.remove()
     assert outcome.error is not None
@@ -189,7 +213,7 @@ def test_ctrl_c_is_not_a_trials_failure(pipeline: MergePipeline, genome: Genome)
     hook = pipeline._merger.model.register_forward_pre_hook(stop)
     try:
         with pytest.raises(KeyboardInterrupt):
-            pipeline.run(Job(5, start(genome), seed=0))
+            pipeline.run(Job(5, start(genome, 0.9), seed=0))
     finally:
         hook.remove()
 
