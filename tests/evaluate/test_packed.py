@@ -80,10 +80,14 @@ def test_random_requests_of_all_shapes(
         requests += [(None, whole, c) for c in data.draw(st.lists(TOKENS, min_size=1, max_size=4))]
     before = packed._costs, packed._limits
     packed._costs, packed._limits = costs, limits
+    # lm-eval 0.4.13 reads the wrong positions where two requests are the same tokens parted in two places,
+    # such as [3] + [4, 3] and [3, 4] + [3], unless it computes each by itself.
+    stock.logits_cache = False
     try:
         compare(ours, stock, data.draw(st.permutations(requests)))
     finally:
         packed._costs, packed._limits = before
+        stock.logits_cache = True
 
 
 def test_greedy_answers_are_found(models: tuple[ResidentLM, Any]) -> None:
