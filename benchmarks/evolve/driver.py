@@ -117,14 +117,14 @@ def digest(model: Any) -> str:
     return found.hexdigest()
 
 
-def timed(actors: Any) -> dict[str, float]:
-    """Time the evaluation inside of `evaluate`; what is left of it is planning and merging."""
+def timed(actors: Any, skip: bool) -> dict[str, float]:
+    """Time the evaluation inside of `evaluate`, or skip it; the rest is planning and merging."""
     seconds = {"evaluate": 0.0}
     original = actors._eval_model
 
     def run(*args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        result = original(*args, **kwargs)
+        result = {"score": None, "results": {}} if skip else original(*args, **kwargs)
         seconds["evaluate"] = time.perf_counter() - started
         return result
 
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--merge-only", action="store_true", help="do not evaluate")
     parser.add_argument("--save", type=Path, help="folder for the merged weights of each candidate")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -157,7 +158,7 @@ def main() -> None:
         allow_batches(options.batch_size)
     complete_architectures()
     worker = evaluator(options.genome, options.tasks)
-    seconds = timed(actors)
+    seconds = timed(actors, options.merge_only)
     arrays = json.loads(options.candidates.read_text())
     # Building the model belongs to the start; as published the first candidate pays for it.
     worker._maybe_init_model(worker.genome.genotype_merge_config(torch.tensor(arrays[0])))
