@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The llama.cpp server has an environment of its own: it is compiled, and nothing else here needs it.
 SERVERS := .venv-servers
+# So has mergekit-evolve, whose pins exclude ours; only benchmarks/loop.py needs it.
+EVOLVE := .venv-evolve
 
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
@@ -12,13 +14,14 @@ export TOKENIZERS_PARALLELISM := false
 # Waiting threads that spin for long take the core that another process needs.
 export GOMP_SPINCOUNT := 5000
 
-.PHONY: run test test-servers quick check setup clean help
+.PHONY: run test test-servers bench-env quick check setup clean help
 
 help:
 	@echo "make run    the quickstart: evolve a merge of SmolLM2 experts and show what came out"
 	@echo "make test   every test, real models and kill -9 included"
 	@echo "make quick  the everyday tests"
 	@echo "make test-servers  compile llama-cpp-python (6 to 20 minutes, once) and test against its real server"
+	@echo "make bench-env  an environment for mergekit-evolve, which benchmarks/loop.py compares with"
 	@echo "make check  ruff and mypy"
 
 setup: $(STAMP)
@@ -57,5 +60,8 @@ $(SERVERS)/.installed:
 test-servers: setup $(SERVERS)/.installed
 	LLMEVO_SERVER_PYTHON=$(SERVERS)/bin/python $(BIN)/python -m pytest tests/servers
 
+bench-env: setup
+	$(BIN)/python benchmarks/evolve/setup.py $(EVOLVE)
+
 clean:
-	rm -rf $(VENV) $(SERVERS) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SERVERS) $(EVOLVE) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
