@@ -7,8 +7,8 @@
 
 SmolLM2-135M, or `--model FOLDER`, answers made-up items with the lengths of real ones. Both sides get the
 same tokens and the same weights in one process and take turns (A B A B ...); medians are compared, and the
-answers too. HFLM first tries several batch sizes on a part of the items and then runs at its fastest. The rate
-of a plain matrix product of the model's size is timed in between: it is what the machine could do at best.
+answers too. HFLM first tries several batch sizes on a part of the items and then runs at its fastest. The
+rate of a plain matrix product of the model's size is timed in between: what the machine could do at best.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ class EvaluateSpec(Spec):
     """How models are scored.
 
     Attributes:
-        batch_size: Requests per forward pass; None lets llmevo choose once per run.
+        batch_size: Requests per forward pass of generation and of lm-eval's own log-likelihoods; None lets
+            llmevo choose once per run. Packed log-likelihoods have batches of their own.
         dtype: Of the resident model; `auto` is bfloat16 where the hardware has it, else float32.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         holdout: Share of each task's items that the search never sees.
