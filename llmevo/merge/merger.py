@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from llmevo.errors import GenomeError, StageError
 from llmevo.genome import MergeSpec, MergeStageSpec
-from llmevo.merge import identity, layout, plan, weights
+from llmevo.merge import identity, layout, memory, plan, weights
 from llmevo.merge.engines import engine_for
 from llmevo.merge.fast import FastMerge
 from llmevo.merge.layout import Arena
@@ -54,6 +54,7 @@ class Merger:
             same objects in the same memory, whatever is merged.
         tokenizer: That model's tokenizer; None where it has none.
         facts: What `check_parents` returned.
+        memory: Where the weights lie and what they take, as `memory.plan` decided before loading; plain data.
         bytes_held: Bytes of the models' weights in memory, the resident model left out.
 
     Raises:
@@ -75,6 +76,13 @@ class Merger:
         self._device = torch.device(device)
         self._dtype = _torch_dtype(spec.dtype)
         located = self._located = {where.name: where for where in map(locate, models_of(spec))}
+        self.memory = memory.plan(
+            located,
+            dtype=self._dtype,
+            resident_dtype=_torch_dtype(dtype),
+            device=self._device,
+            memory=stage.memory,
+        )
         first = located[canonical(models_of(spec)[0])]
         self.model = _resident(first, self._device, _torch_dtype(dtype))
         self.tokenizer = _tokenizer(first)
@@ -183,11 +191,15 @@ class Merger:
                     dtype=self._dtype,
                     device=self._device,
                     arena=self._arena,
+                    streamed=self.memory["models"][name]["where"] == "file",
                     others=list(self._loaders.values()),
                 )
                 self._loaders[reference] = held
                 self._lossless = self._lossless and lossless
-        self.bytes_held = layout.count_bytes(t for w in self._loaders.values() for t in w.tensors.values())
+        places = self.memory["models"].items()
+        streamed = {self._references[name] for name, place in places if place["where"] == "file"}
+        resident = [model for reference, model in self._loaders.items() if reference not in streamed]
+        self.bytes_held = layout.count_bytes(t for model in resident for t in model.tensors.values())
 
     def _plannable(self, recipe: dict[str, Any]) -> tuple[Any, Any, Any]:
         """Return what mergekit's planner takes."""

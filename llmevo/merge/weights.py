@@ -44,6 +44,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     arena: Arena,
+    streamed: bool = False,
     others: Sequence[Weights] = (),
 ) -> tuple[Weights, bool]:
     """Load one model, apply its adapter, cast it, and check that it is finite.
@@ -53,6 +54,8 @@ def load(
         dtype: Of floating-point tensors in memory.
         device: Where they stay.
         arena: Holds them.
+        streamed: Leave tensors in the mapped file, from where they are read for each merge. What others write
+            to the file is then seen.
         others: Models that are loaded already: a tensor that equals one of theirs is shared, not held again,
             such as those that an adapter leaves alone.
 
@@ -72,7 +75,7 @@ def load(
             _check_finite(tensor, key, located.name)
         shared = _same(key, tensor, others)
         tensors[key] = tensor.to(device) if shared is None else shared
-        if shared is None and tensor.is_floating_point():
+        if shared is None and tensor.is_floating_point() and not streamed:
             own[key] = tensors[key]
     # Copied, since safetensors hands out views of the mapped file, which somebody may write to while the run
     # goes on.
