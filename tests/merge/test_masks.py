@@ -247,7 +247,14 @@ def test_windows_in_a_model(spec, merger, method: str, parameters: dict[str, Any
     assert float((fast - exact).abs().mean()) < 0.02 * float((exact - origin).abs().mean())
 
 
-@pytest.mark.parametrize("method", ["dare_ties", "dare_linear", "della", "della_linear"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "dare_ties",
+        "dare_linear",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("della", "della_linear")),
+    ],
+)
 def test_random_methods_have_mergekit_s_distribution(spec, merger, method: str) -> None:
     """Means and spreads over seeds, of the differences from the base."""
     recipe = _recipe(spec, method, density=0.6, **({"epsilon": 0.2} if method.startswith("della") else {}))

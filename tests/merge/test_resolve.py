@@ -97,9 +97,7 @@ def _compare(merger: Merger, recipe: dict[str, Any]) -> None:
             else:
                 assert target.constants[name] == value
         for column, model in enumerate(task.model_order):
-            for name, value in (
-                task.input_parameters[model] if model in task.input_parameters else {}
-            ).items():
+            for name, value in (task.input_parameters.get(model, {})).items():
                 assert float(resolved.values[name][row, column]) == value
 
 
