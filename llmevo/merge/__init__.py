@@ -3,8 +3,9 @@
 mergekit does the arithmetic and says what each tensor's parameters are; here are the checks before anything
 is spent, the weights that stay in memory, and the export. Importing this package imports no torch.
 
-The exact mode is mergekit's own arithmetic, bit for bit. What the fast mode does, in float32 with one rounding
-at the end, and how far its weights are from mergekit's (units are those in the last of bfloat16's 8 bits):
+The exact mode is mergekit's own arithmetic, bit for bit. What the fast mode does, in float32 with one
+rounding at the end, and how far its weights are from mergekit's (a unit is one in the last of bfloat16's
+8 bits):
 
 ==================================  ===============================  =====================================
 method                              fast form                        bound
@@ -20,8 +21,8 @@ dare_*, della_*                     masks from a counter's hash      the same di
 all others                          mergekit's own                   0
 ==================================  ===============================  =====================================
 
-Masked methods have a fast form for bfloat16 models. The models that count, their weights and masks follow from
-the recipe as mergekit's planner resolves it.
+Masked methods have a fast form for bfloat16 models. The models that count, their weights and masks follow
+from the recipe as mergekit's planner resolves it.
 """
 
 from llmevo.merge.export import export as export
