@@ -17,12 +17,12 @@ from llmevo.evaluate.attention import Layout, NotPackable, laid_out, packed_atte
 from llmevo.evaluate.packing import Batch, Limits, Packing, pack
 from llmevo.evaluate.trie import Costs
 
-# A CPU multiplies 512 rows as fast as any number, and what lies between the products stays in its caches. An
-# accelerator wants thousands, and waits for each of a pass's many small steps.
+# A CPU multiplies 512 rows as fast as any number, and what lies between the products stays in its caches. A
+# GPU wants thousands, and waits for each of a pass's many small steps.
 _CPU = Limits(512, 512), 16.0
-_ACCELERATOR = Limits(16384, 4096), 4096.0
+_CUDA = Limits(16384, 4096), 4096.0
 _ATTENTION = 2.5  # how much longer an operation of the attention takes than one of the linear layers
-_ROWS = 64  # logits that are read at once
+_ROWS = {"cpu": 64, "cuda": 1024}  # logits that are read at once
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 _MOVING_ROTATIONS = ("dynamic", "longrope")
 
@@ -43,7 +43,7 @@ class PackedModel:
         _refuse(model)
         self._model = model
         self._longest = longest
-        self._limits, group = _CPU if model.device.type == "cpu" else _ACCELERATOR
+        self._limits, group = _CUDA if model.device.type == "cuda" else _CPU
         self._costs = Costs(_pair_cost(model), group)
         self._window = _window(model)
         self._layers = int(model.config.get_text_config().num_hidden_layers)
@@ -120,9 +120,10 @@ def _read(
         among = rows[greedy]
         greedy[greedy.clone()] = logits.index_select(0, among).argmax(-1) == targets[greedy]
     totals = []
-    for first in range(0, len(logits), _ROWS):
-        exact = logits[first : first + _ROWS].float()
-        most = highest[first : first + _ROWS].float()
+    step = _ROWS.get(logits.device.type, _ROWS["cpu"])
+    for first in range(0, len(logits), step):
+        exact = logits[first : first + step].float()
+        most = highest[first : first + step].float()
         totals.append(exact.sub_(most[:, None]).exp_().sum(-1).log_())
     values = picked.float() - highest[rows].float() - torch.cat(totals)[rows]
     return values, greedy
