@@ -280,11 +280,20 @@ def test_what_was_loaded_and_what_is_cut_off_is_said_once(text: str, tmp_path: P
     def cut(job: Job) -> Outcome:
         return replace(prefix(job), metrics={"t": {"acc,none": 0.5, "truncated,none": 0.2}})
 
-    facts = {**FACTS, "memory": {"mode": "resident", "deltas_bytes": 3 * 2**28}, "packed": {"requests": 12}}
+    models = {"a": {"bytes": 3 * 2**28, "where": "cpu"}, "b": {"bytes": 2**30, "where": "file"}}
+    memory = {"mode": "streamed", "device": "cpu", "models": models, "merged": 2**28, "available": 2**33}
+    packed = {
+        "requests": {"packed": 8, "plain": 2},
+        "tokens": {"asked": 90, "computed": 30},
+        "why_not": "rolling",
+    }
+    facts = {**FACTS, "memory": memory, "packed": packed}
     observer = Recorder()
     run(text, tmp_path / "run", work=cut, facts=facts, observer=observer, limit=12)
-    assert observer.notes.count("memory: mode resident, deltas bytes 768 MiB") == 1
-    assert observer.notes.count("packed: requests 12") == 1
+    held = "1 models held (768 MiB), 1 read from their files for each merge, the merged model 256 MiB"
+    assert observer.notes.count(f"memory: streamed on cpu, {held}, 8 GiB free") == 1
+    share = "packed: 8 of 10 requests, 30 tokens computed for 90; the others one by one: rolling"
+    assert observer.notes.count(share) == 1
     rungs = "rungs: 4, 8, 16 of 30 items, after each of which one trial in 2 goes on"
     assert observer.notes.count(rungs) == 1
     said = [note for note in observer.notes if "cut off" in note]

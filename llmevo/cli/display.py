@@ -362,7 +362,8 @@ class RichDisplay:
             parts.append(f"best {score_text(best)} (#{best.number} {best.origin})")
         left = f", about {duration(clock.left)} left" if clock.left else ""
         parts.append(f"{duration(clock.elapsed)}{left}")
-        scores = [trial.score.value for trial in self._trials.values() if trial.score is not None]
+        whole = [t.score for t in self._trials.values() if t.score is not None and t.score.rung is None]
+        scores = [score.value for score in whole]
         width = max(self._console.width - 2, 1)
         header = Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
         return header.append(f"\n{sparkline(scores, min(width, _SPARKS))}", style="cyan")
@@ -384,9 +385,11 @@ class RichDisplay:
 
     def _cells(self, trial: Trial) -> tuple[str, ...]:
         gap = ""
-        if trial.score is not None and self._best is not None and self._best.score is not None:
-            same = trial.number == self._best.number
-            gap = "best" if same else signed(trial.score.value - self._best.score.value)
+        top = None if self._best is None else self._best.score
+        if trial.score is not None and top is not None and trial.score.rung == top.rung:
+            # On other items a difference says nothing.
+            same = self._best is not None and trial.number == self._best.number
+            gap = "best" if same else signed(trial.score.value - top.value)
         spent = "" if trial.state is State.PENDING else duration(trial_seconds(trial))
         text = score_text(trial, self._items)
         if trial.state is State.PENDING and trial.number in self._answered:

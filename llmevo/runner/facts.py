@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from llmevo.genome.sections import HalvingSpec
@@ -19,11 +19,8 @@ def lines(facts: Mapping[str, Any], halving: HalvingSpec) -> list[str]:
         halving: How rungs were asked for.
     """
     sizes = [sum(rung.values()) for rung in facts.get("rungs") or ()]
-    found = [rungs_text(sizes, halving.eta)] if sizes else []
-    for key in ("memory", "packed"):
-        said = ", ".join(_pairs(facts.get(key) or {}))
-        found += [f"{key}: {said}"] if said else []
-    return found
+    found = [rungs_text(sizes, halving.eta) if sizes else "", _memory(facts), _packed(facts)]
+    return [line for line in found if line]
 
 
 def rungs_text(sizes: list[int], eta: int) -> str:
@@ -35,25 +32,33 @@ def rungs_text(sizes: list[int], eta: int) -> str:
     return f"rungs: {shown} of {whole} items, after each of which one trial in {eta} goes on"
 
 
-def _pairs(data: Any, path: str = "") -> Iterator[str]:
-    """`name value` for every leaf that says something, names joined from the top."""
-    if isinstance(data, Mapping):
-        for key, value in data.items():
-            yield from _pairs(value, f"{path} {key}".strip().replace("_", " "))
-    elif isinstance(data, (list, tuple)):
-        if data:
-            yield f"{path} {', '.join(map(str, data))}".strip()
-    elif data is not None and data != "":
-        yield f"{path} {_value(path, data)}".strip()
+def _memory(facts: Mapping[str, Any]) -> str:
+    """The plan of `Merger.memory`: what is held where, and how much of it there is."""
+    plan = facts.get("memory")
+    if not plan:
+        return ""
+    models = list(plan["models"].values())
+    read = sum(model["where"] == "file" for model in models)
+    held = sum(model["bytes"] for model in models if model["where"] != "file")
+    parts = [f"{len(models) - read} models held ({size(held)})"] if read < len(models) else []
+    parts += [f"{read} read from their files for each merge"] if read else []
+    parts.append(f"the merged model {size(plan['merged'])}")
+    room = "" if plan["available"] is None else f", {size(plan['available'])} free"
+    return f"memory: {plan['mode']} on {plan['device']}, {', '.join(parts)}{room}"
 
 
-def _value(path: str, data: Any) -> str:
-    """Bytes in a unit, shares in percent, everything else as it is."""
-    if isinstance(data, bool):
-        return "yes" if data else "no"
-    if isinstance(data, int) and "bytes" in path:
-        return size(data)
-    return f"{data:.3g}" if isinstance(data, float) else str(data)
+def _packed(facts: Mapping[str, Any]) -> str:
+    """How many requests share what they have in common, and what that saves."""
+    packed = facts.get("packed")
+    if not packed:
+        return ""
+    count, plain = packed["requests"]["packed"], packed["requests"]["plain"]
+    if not count + plain:
+        return ""
+    asked, computed = packed["tokens"]["asked"], packed["tokens"]["computed"]
+    saved = f", {computed} tokens computed for {asked}" if count else ""
+    why = f"; the others one by one: {packed['why_not']}" if packed["why_not"] and plain else ""
+    return f"packed: {count} of {count + plain} requests{saved}{why}"
 
 
 def size(count: int) -> str:
