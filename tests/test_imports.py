@@ -23,7 +23,7 @@ ROWS: list[list[str]] = [
     ["runner"],
     ["store", "executors"],
     ["pipeline"],
-    ["recipe", "merge", "evaluate"],
+    ["recipe", "merge", "train", "evaluate"],
     ["optimizer"],
     ["proposers"],
     ["llm"],

@@ -1,8 +1,8 @@
 """The genome file: what the YAML may say, as pydantic models, and how it is read.
 
 The upper half (`genome`, `tasks`, `limit` and so on) is `mergekit-evolve`'s format, so that its files run
-here unchanged. `search`, `llm`, `merge`, `evaluate`, `run` and `warm_start` are ours. Unknown keys are
-refused.
+here unchanged. `search`, `llm`, `merge`, `train`, `evaluate`, `run` and `warm_start` are ours. Unknown keys
+are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from llmevo.genome.sections import MergeStageSpec as MergeStageSpec
 from llmevo.genome.sections import RunSpec as RunSpec
 from llmevo.genome.sections import SearchSpec as SearchSpec
 from llmevo.genome.spec import Methods, ModelSetting, Spec, Warm
+from llmevo.genome.train import VALIDATION_LOSS as VALIDATION_LOSS
+from llmevo.genome.train import TrainSettings as TrainSettings
+from llmevo.genome.train import TrainSpec as TrainSpec
 
 
 class MergeSpec(Spec):
@@ -100,12 +103,13 @@ class MergeSpec(Spec):
 
 
 class TaskSpec(Spec):
-    """One lm-eval task of the fitness.
+    """One task of the fitness.
 
     Attributes:
-        name: lm-eval's name, or that of a local task from `evaluate.task_path`.
+        name: lm-eval's name, that of a local task from `evaluate.task_path`, or `validation_loss`: the mean
+            negative log-likelihood of `train.data`'s validation (for the held-out table: test) examples.
         weight: Factor of the metric in the score.
-        metric: `metric,filter` as lm-eval prints it, e.g. `acc,none`.
+        metric: `metric,filter` as lm-eval prints it, e.g. `acc,none`; `validation_loss` has one, in nats.
     """
 
     name: str
@@ -133,6 +137,7 @@ class Genome(Spec):
         search: Who proposes.
         llm: The language model that proposes.
         merge: How merges are computed.
+        train: How each merge, or the one model of `genome.models`, is trained; None for not at all.
         evaluate: How models are scored.
         run: Where the run is kept.
         warm_start: mergekit recipes that are evaluated first: inline, or paths relative to this file,
@@ -150,6 +155,7 @@ class Genome(Spec):
     search: SearchSpec = SearchSpec()
     llm: LLMSpec = LLMSpec()
     merge: MergeStageSpec = MergeStageSpec()
+    train: TrainSpec | None = None
     evaluate: EvaluateSpec = EvaluateSpec()
     run: RunSpec = RunSpec()
     warm_start: list[Warm] = Field(default_factory=list)
@@ -161,7 +167,23 @@ class Genome(Spec):
             raise ValueError(
                 f"`tasks` must not name a task twice with one metric, but got {names}; remove the double one"
             )
+        losses = [task for task in self.tasks if task.name == VALIDATION_LOSS]
+        if losses and self.train is None:
+            raise ValueError(f"`tasks` names {VALIDATION_LOSS}, which needs `train.data`; add `train`")
+        if len(losses) > 1:
+            raise ValueError(f"`tasks` must not name {VALIDATION_LOSS} twice; remove one")
         return self
+
+    @property
+    def alone(self) -> str | None:
+        """The one model that is trained without a merge; None where there is something to merge."""
+        models = {*self.genome.models, *([self.genome.base_model] if self.genome.base_model else [])}
+        return self.genome.models[0] if self.train is not None and len(models) == 1 else None
+
+    def for_lm_eval(self) -> Genome | None:
+        """The genome with the tasks that lm-eval scores; None if there are none."""
+        tasks = [task for task in self.tasks if task.name != VALIDATION_LOSS]
+        return self.model_copy(update={"tasks": tasks}) if tasks else None
 
 
 # A run may continue although these differ: they change how much is searched and how, not what a trial is.

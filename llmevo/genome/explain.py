@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 # Tags of the discriminated unions in genome.py; pydantic puts them into an error's location.
 TAGS = frozenset(
-    {"<float>", "<int>", "<choice>", "<models>", "<fixed>", "<one>", "<many>", "<path>", "<recipe>"}
+    {"<float>", "<int>", "<choice>", "<models>", "<fixed>", "<one>", "<many>", "<path>", "<recipe>", "<list>"}
 )
 
 

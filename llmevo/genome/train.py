@@ -1,0 +1,302 @@
+"""The section `train` of a genome file: data, adapter and hyperparameters, each fixed or a gene."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, TypeAlias, final
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from llmevo.errors import SpaceError
+from llmevo.genome.spec import ChoiceGene, Fixed, FloatGene, GeneSpec, IntGene, Spec
+from llmevo.space import Categorical, Condition, Float, Gene, Int, Value
+
+VALIDATION_LOSS = "validation_loss"
+"""The task that is no lm-eval task: the mean negative log-likelihood of the validation examples, in nats."""
+
+_LORA = ("lora", "rslora", "dora", "loraplus", "lorafa", "pissa", "adalora")
+ADAPTERS = (*_LORA, "vera", "ia3")
+TARGETS = ("attn", "mlp", "all-linear")
+
+# Which adapters a hyperparameter has an effect on; the others hold for all.
+_USED_BY = {
+    "rank": (*_LORA, "vera"),
+    "alpha": _LORA,
+    "dropout": (*_LORA, "vera"),
+    "loraplus_ratio": ("loraplus",),
+}
+_PREFIX = "train."
+
+
+def _kind(value: Any) -> str:
+    for model, key in ((FloatGene, "float"), (IntGene, "int"), (ChoiceGene, "choice")):
+        if isinstance(value, model) or (isinstance(value, dict) and key in value):
+            return f"<{key}>"
+    return "<list>" if isinstance(value, list) else "<fixed>"
+
+
+_Setting: TypeAlias = Annotated[
+    Annotated[FloatGene, Tag("<float>")]
+    | Annotated[IntGene, Tag("<int>")]
+    | Annotated[ChoiceGene, Tag("<choice>")]
+    | Annotated[list[str], Field(min_length=1), Tag("<list>")]
+    | Annotated[Fixed | None, Tag("<fixed>")],
+    Discriminator(_kind),
+]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What a hyperparameter may be."""
+
+    kind: Literal["int", "float", "choice", "bool"]
+    low: float = 0.0
+    high: float = float("inf")
+    open_low: bool = False
+    open_high: bool = False
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    def __str__(self) -> str:
+        if self.kind == "choice":
+            return "one of " + ", ".join(self.choices)
+        if self.kind == "bool":
+            return "true or false"
+        what = "a whole number" if self.kind == "int" else "a number"
+        what += f" {'>' if self.open_low else '>='} {self.low:g}"
+        if self.high < float("inf"):
+            what += f" and {'<' if self.open_high else '<='} {self.high:g}"
+        return what + (", or null" if self.optional else "")
+
+    def holds(self, value: object) -> bool:
+        """Whether `value` is allowed."""
+        if value is None:
+            return self.optional
+        if self.kind == "choice":
+            return isinstance(value, str) and value in self.choices
+        if self.kind == "bool" or isinstance(value, bool):
+            return self.kind == "bool" and isinstance(value, bool)
+        if not isinstance(value, (int, float)) or (self.kind == "int" and int(value) != value):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+
+_RULES = {
+    "adapter": _Rule("choice", choices=ADAPTERS),
+    "rank": _Rule("int", 1),
+    "alpha": _Rule("float", 0, open_low=True),
+    "dropout": _Rule("float", 0, 1, open_high=True),
+    "target_modules": _Rule("choice", choices=TARGETS),
+    "layers": _Rule("int", 1, optional=True),
+    "learning_rate": _Rule("float", 0, 10, open_low=True),
+    "schedule": _Rule("choice", choices=("constant", "wsd")),
+    "warmup": _Rule("float", 0, 1, open_high=True),
+    "decay": _Rule("float", 0, 1),
+    "weight_decay": _Rule("float", 0),
+    "batch_size": _Rule("int", 1),
+    "epochs": _Rule("float", 0, open_low=True, optional=True),
+    "tokens": _Rule("int", 1, optional=True),
+    "accumulation": _Rule("int", 1),
+    "clip": _Rule("float", 0),
+    "loraplus_ratio": _Rule("float", 0, open_low=True),
+    "checkpointing": _Rule("bool"),
+}
+
+
+class DataSpec(Spec):
+    """The examples; `data: FILE` is short for `data: {train: FILE}`.
+
+    Each row of a JSONL or parquet file has `text`, or `prompt` and `completion`, or `messages` (a list of
+    `role` and `content`). Of a text every token is learnt, of the others the completion and the assistant's
+    turns.
+
+    Attributes:
+        train: File with the examples to learn from.
+        validation: File of the search's examples, or the share of `train` that is taken for them.
+        test: File of the held-out examples, which are read once, at the end; or their share of `train`.
+        max_length: Longest example in tokens; None for the model's context.
+        too_long: What becomes of longer ones: `error`, `drop` them, or `cut` them off.
+    """
+
+    train: str
+    validation: str | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: str | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    too_long: Literal["error", "drop", "cut"] = "error"
+
+    @model_validator(mode="after")
+    def _shares(self) -> DataSpec:
+        shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
+        if sum(shares) >= 1:
+            raise ValueError(
+                f"`validation` and `test` must leave something of `train`, but their shares are {shares}; "
+                "make them smaller"
+            )
+        return self
+
+
+def _data(value: Any) -> Any:
+    return {"train": value} if isinstance(value, str) else value
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """The hyperparameters of one training: `TrainSpec` with every gene decided; see there."""
+
+    adapter: str = "lora"
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    layers: int | None = None
+    learning_rate: float = 3e-4
+    schedule: str = "constant"
+    warmup: float = 0.05
+    decay: float = 0.2
+    weight_decay: float = 0.0
+    batch_size: int = 16
+    epochs: float = 1.0
+    tokens: int | None = None
+    accumulation: int = 1
+    clip: float = 1.0
+    loraplus_ratio: float = 16.0
+    checkpointing: bool = False
+
+
+DEFAULTS = TrainSettings()
+
+
+class TrainSpec(Spec):
+    """How candidates are trained. The defaults are those that public comparisons of LoRA settings favour.
+
+    Attributes:
+        data: The examples.
+        adapter: `lora`, `rslora`, `dora`, `loraplus`, `lorafa`, `pissa`, `adalora`, `vera` or `ia3`.
+        rank: Of the adapter; adalora's is the mean rank at the end.
+        alpha: The adapter's scale is alpha / rank (rslora: alpha / sqrt(rank)).
+        dropout: On the adapter's input, while training.
+        target_modules: `attn`, `mlp`, `all-linear`, or a list of ends of module names.
+        layers: Only the last so many layers; None for all.
+        learning_rate: AdamW's, at its highest.
+        schedule: `constant`, or `wsd` (constant, then linearly to zero); both after the warm-up.
+        warmup: Share of the steps in which the learning rate rises linearly.
+        decay: wsd only: share of the steps in which it falls.
+        weight_decay: AdamW's, on the adapter.
+        batch_size: Examples per optimizer step.
+        epochs: Passes over the training examples; fractions are allowed. None for 1, or what `tokens` says.
+        tokens: Tokens to train on, exactly, in place of `epochs`.
+        accumulation: Parts in which a batch goes through the model; the result is the same, the memory less.
+        clip: Largest norm of the gradient; 0 for no limit.
+        loraplus_ratio: loraplus only: learning rate of B over that of A.
+        checkpointing: Recompute activations in the backward pass: less memory, about half more time.
+    """
+
+    data: Annotated[DataSpec, BeforeValidator(_data)]
+    adapter: _Setting = DEFAULTS.adapter
+    rank: _Setting = DEFAULTS.rank
+    alpha: _Setting = DEFAULTS.alpha
+    dropout: _Setting = DEFAULTS.dropout
+    target_modules: _Setting = "all-linear"
+    layers: _Setting = None
+    learning_rate: _Setting = DEFAULTS.learning_rate
+    schedule: _Setting = DEFAULTS.schedule
+    warmup: _Setting = DEFAULTS.warmup
+    decay: _Setting = DEFAULTS.decay
+    weight_decay: _Setting = DEFAULTS.weight_decay
+    batch_size: _Setting = DEFAULTS.batch_size
+    epochs: _Setting = None
+    tokens: _Setting = None
+    accumulation: _Setting = DEFAULTS.accumulation
+    clip: _Setting = DEFAULTS.clip
+    loraplus_ratio: _Setting = DEFAULTS.loraplus_ratio
+    checkpointing: _Setting = DEFAULTS.checkpointing
+
+    @model_validator(mode="after")
+    def _rules(self) -> TrainSpec:
+        for name, rule in _RULES.items():
+            setting = getattr(self, name)
+            if isinstance(setting, list):
+                if name != "target_modules":
+                    raise ValueError(f"`{name}` must be {rule}, but got the list {setting}; give one value")
+                continue
+            for value in values_of(setting):
+                if not rule.holds(value):
+                    raise ValueError(f"`{name}` must be {rule}, but got {value!r}; change it")
+        if self.tokens is not None and self.epochs is not None:
+            raise ValueError("`epochs` and `tokens` exclude each other; remove one")
+        largest, smallest = max(values_of(self.accumulation)), min(values_of(self.batch_size))
+        if largest > smallest:
+            raise ValueError(
+                f"`accumulation` must be <= `batch_size`, but they may be {largest} and {smallest}; a batch "
+                "has no more parts than examples"
+            )
+        self._check_effects()
+        return self
+
+    def _check_effects(self) -> None:
+        adapters = values_of(self.adapter)
+        for name, users in _USED_BY.items():
+            if isinstance(getattr(self, name), GeneSpec) and not set(adapters) & set(users):
+                raise ValueError(
+                    f"`{name}` has no effect with the adapter {' or '.join(adapters)}, so it must not be a "
+                    "gene; remove it"
+                )
+
+    def genes(self) -> dict[str, Gene]:
+        """The genes, `train.rank` and so on. Without an `init` of its own, a gene starts at the default."""
+        named = {name: getattr(self, name) for name in _RULES}
+        return {
+            _PREFIX + name: _starting(setting, getattr(DEFAULTS, name))
+            for name, setting in named.items()
+            if isinstance(setting, GeneSpec)
+        }
+
+    def conditions(self) -> dict[str, Condition]:
+        """Which genes count for some adapters only, where the adapter is a gene."""
+        if not isinstance(self.adapter, ChoiceGene):
+            return {}
+        choices = self.adapter.choices
+        return {
+            _PREFIX + name: Condition(_PREFIX + "adapter", tuple(c for c in choices if c in users))
+            for name, users in _USED_BY.items()
+            if isinstance(getattr(self, name), GeneSpec) and not set(choices) <= set(users)
+        }
+
+    def settings(self, params: Mapping[str, Value]) -> TrainSettings:
+        """The hyperparameters at a point of the space; genes of other stages are passed over."""
+        chosen: dict[str, Any] = {}
+        for field in fields(TrainSettings):
+            setting = getattr(self, field.name)
+            if isinstance(setting, GeneSpec):
+                setting = params.get(_PREFIX + field.name)
+            if isinstance(setting, list):
+                setting = tuple(setting)
+            default = getattr(DEFAULTS, field.name)
+            if setting is not None:  # None: no limit, or a gene that the adapter does not have
+                chosen[field.name] = float(setting) if isinstance(default, float) else setting
+        return TrainSettings(**chosen)
+
+
+def values_of(setting: Any) -> list[Any]:
+    """What a setting may be: its value, the choices of a gene, or the ends of its range."""
+    if isinstance(setting, ChoiceGene):
+        return list(setting.choices)
+    return list(setting.bounds) if isinstance(setting, (FloatGene, IntGene)) else [setting]
+
+
+def _starting(setting: GeneSpec, default: Any) -> Gene:
+    gene = setting.gene()
+    if setting.init is not None:
+        return gene
+    try:
+        if isinstance(gene, Categorical):
+            return Categorical(*gene.choices, ordered=gene.ordered, init=default)
+        if isinstance(gene, Int):
+            return Int(gene.low, gene.high, log=gene.log, step=gene.step, init=default)
+        return Float(gene.low, gene.high, log=gene.log, step=gene.step, init=default)
+    except SpaceError:  # the default is not in the gene's range, so its own start stands
+        return gene

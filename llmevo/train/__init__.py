@@ -1,0 +1,9 @@
+"""The train stage: parameter-efficient training of the resident model, with peft's adapters.
+
+Importing this package imports neither torch nor peft; they load when something here is used.
+"""
+
+from llmevo.train.data import check_data
+from llmevo.train.trainer import Trainer
+
+__all__ = ["Trainer", "check_data"]

@@ -1,0 +1,114 @@
+"""From examples to the negative log-likelihood of each token to learn, with no work that nobody asked for.
+
+The language-model head, a fifth of a small model's arithmetic, runs at the positions that predict a target
+only, in float32 from there on; examples share rows where the model's attention keeps them apart. Both are
+tried on the model before they are used, so that a model that scales its logits or does not know packed rows
+is computed the plain way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+
+from llmevo.train.data import Batch, Example, lay_out
+
+if TYPE_CHECKING:
+    import torch
+
+_CHUNK = 1024  # targets whose logits are in memory at once
+_PROBE = 24  # tokens of each example that packing is tried on
+_TOLERANCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.1, "torch.float16": 0.05}  # nats
+
+
+@final
+class Forward:
+    """The forward pass of one resident model.
+
+    Args:
+        model: A causal transformers model; its weights may change, and adapters come and go.
+        examples: Some to try packing on; at least two, or it is not tried.
+
+    Attributes:
+        packed: Whether examples share rows.
+        partial: Whether the head runs at the targets only.
+    """
+
+    def __init__(self, model: Any, examples: Sequence[Example]) -> None:
+        self._model = model
+        self._body = model.base_model
+        self._head = model.get_output_embeddings()
+        self.packed = self.partial = False
+        short = [Example(e.tokens[:_PROBE], np.arange(len(e.tokens[:_PROBE])) > 0) for e in examples[:3]]
+        tolerance = _TOLERANCE.get(str(model.dtype), 1e-3)
+        plain = self._probe(short)
+        self.partial = self._head is not None and self._body is not model
+        self.partial = self.partial and _close(self._probe(short), plain, tolerance)
+        self.packed = len(short) > 1
+        self.packed = self.packed and _close(self._probe(short), plain, tolerance)
+
+    def _probe(self, examples: list[Example]) -> torch.Tensor | None:
+        """Each target's loss in the examples' order; None where the model does not take the input."""
+        import torch
+
+        try:
+            with torch.inference_mode():
+                batch = lay_out(examples, self.packed, sum(map(len, examples)))
+                found = self._losses(batch)
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            if not (self.packed or self.partial):
+                raise  # the plain way must work
+            return None
+        return found[torch.from_numpy(np.argsort(batch.owners, kind="stable")).to(found.device)]
+
+    def losses(self, examples: Sequence[Example]) -> tuple[torch.Tensor, np.ndarray[Any, np.dtype[np.int64]]]:
+        """The negative log-likelihood of each target, in nats, and the index of its example.
+
+        Args:
+            examples: What goes through the model at once.
+
+        Returns:
+            float32, shape (targets,), with gradients where they are on; and shape (targets,).
+        """
+        batch = lay_out(examples, self.packed)
+        return self._losses(batch), batch.owners
+
+    def _losses(self, batch: Batch) -> torch.Tensor:
+        import torch
+        from torch.utils.checkpoint import checkpoint
+
+        device = self._model.device
+        inputs: dict[str, Any] = {
+            "input_ids": torch.from_numpy(batch.tokens).to(device),
+            "use_cache": False,
+        }
+        if self.packed:
+            inputs["position_ids"] = torch.from_numpy(batch.positions).to(device)
+        sources = torch.from_numpy(batch.sources).to(device)
+        labels = torch.from_numpy(batch.labels).to(device)
+        if not self.partial:
+            return _nll(None, self._model(**inputs).logits.flatten(0, 1)[sources], labels)
+        hidden = self._body(**inputs).last_hidden_state.flatten(0, 1)[sources]
+        if len(labels) <= _CHUNK:
+            return _nll(self._head, hidden, labels)
+        pairs = zip(torch.split(hidden, _CHUNK), torch.split(labels, _CHUNK), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([_nll(self._head, states, wanted) for states, wanted in pairs])
+        # The backward pass computes a chunk's logits again: all of them would be the largest tensor by far.
+        parts = [checkpoint(_nll, self._head, h, wanted, use_reentrant=False) for h, wanted in pairs]
+        return torch.cat(parts)
+
+
+def _nll(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    logits = hidden if head is None else head(hidden)
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def _close(found: torch.Tensor | None, plain: torch.Tensor | None, tolerance: float) -> bool:
+    if found is None or plain is None or found.shape != plain.shape:
+        return False
+    return bool((found - plain).abs().max() <= tolerance)

@@ -1,0 +1,274 @@
+"""The training loop: plain PyTorch, exact in its tokens, and able to go on where it was left.
+
+The loss of a batch is the mean over its target tokens, however the batch is laid out or divided.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, final
+
+import numpy as np
+
+from llmevo.errors import StageError
+from llmevo.genome.train import TrainSettings
+from llmevo.train.adapters import Adapter
+from llmevo.train.data import Example
+from llmevo.train.forward import Forward
+
+if TYPE_CHECKING:
+    import torch
+
+_SMOOTH = 0.9  # of the running mean of the loss
+_FIRST = 5  # steps whose mean loss is what divergence is measured against
+_DIVERGED = 1.5
+_SAVE_EVERY = 60.0  # seconds
+
+Step: TypeAlias = list[tuple[int, int]]  # the examples of a step, each with the tokens that are used of it
+
+
+def plan(examples: Sequence[Example], settings: TrainSettings, seed: int) -> list[Step]:
+    """Which examples each optimizer step sees.
+
+    Each epoch is a permutation of its own. The last example is cut where the budget ends, so that all steps
+    together have exactly `tokens` tokens, or `epochs` times those of the examples.
+    """
+    lengths = [len(example) for example in examples]
+    budget = settings.tokens or max(round(settings.epochs * sum(lengths)), 2)
+    stream: Step = []
+    epoch = 0
+    while budget > 0:
+        for index in np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist():
+            if budget <= 0:
+                break
+            stream.append((index, min(lengths[index], budget)))
+            budget -= lengths[index]
+        epoch += 1
+    size = settings.batch_size
+    steps = [stream[start : start + size] for start in range(0, len(stream), size)]
+    # The cut may leave the last step nothing to learn.
+    return [step for step in steps if any(examples[i].targets[:end].any() for i, end in step)]
+
+
+def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
+    """The learning rate of step 0 to `steps - 1`."""
+    rising = math.ceil(settings.warmup * steps)
+    falling = math.floor(settings.decay * steps) if settings.schedule == "wsd" else 0
+    factor = min(1.0, (step + 1) / rising) if rising else 1.0
+    if falling and step >= steps - falling:
+        factor = min(factor, (steps - step) / falling)
+    return settings.learning_rate * factor
+
+
+@final
+class Training:
+    """One candidate's training.
+
+    Args:
+        forward: The resident model's forward pass.
+        adapter: The adapter that is on it.
+        examples: To learn from.
+        settings: The hyperparameters.
+        seed: Of the order of the examples and of dropout.
+        steps: From `plan`.
+
+    Attributes:
+        losses: The mean loss over the targets of each step that is done, in nats.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        adapter: Adapter,
+        examples: Sequence[Example],
+        settings: TrainSettings,
+        seed: int,
+        steps: list[Step],
+    ) -> None:
+        import torch
+
+        self._forward, self._adapter, self._examples = forward, adapter, examples
+        self._settings, self._seed, self._steps = settings, seed, steps
+        self._parameters = adapter.parameters()
+        self._scales = {
+            name: settings.loraplus_ratio if settings.adapter == "loraplus" and ".lora_B" in name else 1.0
+            for name in self._parameters
+        }
+        groups = [
+            {"params": [parameter], "scale": self._scales[name]}
+            for name, parameter in self._parameters.items()
+        ]
+        if settings.adapter != "loraplus":  # one group is one call of the fused kernels
+            groups = [{"params": list(self._parameters.values()), "scale": 1.0}]
+        self._optimizer = torch.optim.AdamW(
+            groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.losses: list[float] = []
+
+    def run(self, model: Any, state: Path | None = None, tick: Callable[[int], None] | None = None) -> None:
+        """Train to the end.
+
+        Args:
+            model: The resident model.
+            state: A file of which the training goes on, if it is there and its own, and into which it saves
+                itself every minute; removed when it is done.
+            tick: Called after each step with its number.
+
+        Raises:
+            StageError: The loss is not finite, or diverges.
+        """
+        import torch
+
+        settings = self._settings
+        if state is not None and state.is_file():
+            self.load(state)
+        devices = [model.device] if model.device.type == "cuda" else []
+        saved = time.monotonic()
+        if settings.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        try:
+            with torch.random.fork_rng(devices=devices):
+                for step in range(len(self.losses), len(self._steps)):
+                    # Dropout follows from the step, so that a training that goes on needs no random state.
+                    torch.manual_seed((self._seed << 32) + step)
+                    self._step(step)
+                    self._check(step)
+                    if tick is not None:
+                        tick(step)
+                    if state is not None and time.monotonic() - saved > _SAVE_EVERY:
+                        self.save(state)
+                        saved = time.monotonic()
+        finally:
+            model.eval()
+            if settings.checkpointing:
+                model.gradient_checkpointing_disable()
+        if state is not None:
+            state.unlink(missing_ok=True)
+
+    def _step(self, number: int) -> None:
+        import torch
+
+        settings = self._settings
+        chosen = [self._cut(index, end) for index, end in self._steps[number]]
+        count = sum(int(example.targets.sum()) for example in chosen)
+        size = math.ceil(len(chosen) / settings.accumulation)
+        total = 0.0
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            if not any(example.targets.any() for example in part):
+                continue
+            losses, _ = self._forward.losses(part)
+            loss = losses.sum() / count
+            total += loss.item()
+            if not math.isfinite(total):
+                break
+            (loss + self._penalty() * len(part) / len(chosen)).backward()  # type: ignore[no-untyped-call]
+        self.losses.append(total)
+        if not math.isfinite(total):
+            return
+        if settings.clip > 0:
+            torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), settings.clip)
+        rate = learning_rate(settings, number, len(self._steps))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        self._optimizer.step()
+        if settings.adapter == "adalora":
+            self._adapter.tuner.update_and_allocate(number)
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _cut(self, index: int, end: int) -> Example:
+        example = self._examples[index]
+        if end == len(example):
+            return example
+        return Example(example.tokens[:end], example.targets[:end])
+
+    def _penalty(self) -> torch.Tensor | float:
+        """AdaLoRA keeps its factors near orthonormal: the mean of `||P P^T - I||`, times its weight."""
+        import torch
+
+        if self._settings.adapter != "adalora":
+            return 0.0
+        terms = []
+        for name, factor in self._parameters.items():
+            if ".lora_A" in name or ".lora_B" in name:
+                square = factor @ factor.T if ".lora_A" in name else factor.T @ factor
+                terms.append(torch.linalg.norm(square - torch.eye(len(square), device=square.device)))
+        weight: float = self._adapter.tuner.peft_config[self._adapter.name].orth_reg_weight
+        return weight * torch.stack(terms).mean()
+
+    def _check(self, step: int) -> None:
+        loss = self.losses[-1]
+        remedy = "lower `train.learning_rate`"
+        if not math.isfinite(loss):
+            raise StageError(
+                "train", f"the loss is not finite in step {step + 1} of {len(self._steps)}: {remedy}"
+            )
+        first = self.losses[:_FIRST]
+        if step < max(_FIRST, math.ceil(self._settings.warmup * len(self._steps))):
+            return
+        smooth = mean_of_late(self.losses)
+        if smooth > _DIVERGED * sum(first) / len(first):
+            raise StageError(
+                "train",
+                f"the loss diverged from {sum(first) / len(first):.3g} to {smooth:.3g} in step {step + 1} of "
+                f"{len(self._steps)}: {remedy}",
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the state, atomically: weights, AdamW's moments and the losses so far, as safetensors."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, parameter in self._parameters.items():
+            tensors[f"weight/{name}"] = parameter.detach()
+            for key, value in self._optimizer.state[parameter].items():
+                tensors[f"{key}/{name}"] = value
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            beside,
+            metadata={"training": self._identity(), "losses": json.dumps(self.losses)},
+        )
+        os.replace(beside, path)
+
+    def load(self, path: Path) -> bool:
+        """Go on from a state, if it is of this training; return whether it is."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as opened:
+                facts = opened.metadata() or {}
+                if facts.get("training") != self._identity():
+                    return False
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):  # it was damaged with the machine; the training begins anew
+            return False
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors.pop(f"weight/{name}"))
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            parameter = self._parameters[name]
+            device = tensor.device if kind == "step" else parameter.device  # AdamW counts on the CPU
+            self._optimizer.state[parameter][kind] = tensor.to(device)
+        self.losses = json.loads(facts["losses"])
+        return True
+
+    def _identity(self) -> str:
+        shapes = {name: list(parameter.shape) for name, parameter in self._parameters.items()}
+        return json.dumps([asdict(self._settings), self._seed, self._steps, shapes])
+
+
+def mean_of_late(losses: Sequence[float]) -> float:
+    """The mean of the losses with weights that fall by a tenth for each step back."""
+    weights = _SMOOTH ** np.arange(len(losses))[::-1]
+    return float(np.dot(weights, losses) / weights.sum())

@@ -1,0 +1,196 @@
+"""The train stage: examples prepared once, candidates trained one after the other on one resident model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+from llmevo.errors import GenomeError, StageError
+from llmevo.genome.train import TrainSettings, TrainSpec, values_of
+from llmevo.space import Params
+from llmevo.train import adapters, data
+from llmevo.train.data import Example, Part
+from llmevo.train.forward import Forward
+from llmevo.train.loop import Training, mean_of_late, plan
+
+RECORD = "training.json"
+_TOKENS_AT_ONCE = 4096  # of a forward pass without gradients
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training came to.
+
+    Args:
+        metrics: `loss_first` and `loss_last` (nats per target token), `steps`, `tokens`, `parameters`
+            (trained ones).
+        bytes: Of the adapter's weights.
+    """
+
+    metrics: dict[str, float]
+    bytes: int
+
+
+@final
+class Trainer:
+    """Trains candidates on the resident model.
+
+    Args:
+        spec: The section `train` of the genome.
+        model: The resident causal model. Its parameters are never replaced; adapters wrap its modules while a
+            candidate is trained and evaluated.
+        tokenizer: The model's tokenizer.
+        seed: The run's: of the split, the order of the examples, the adapters' first weights, dropout.
+
+    Raises:
+        GenomeError: The data, the model or a hyperparameter does not fit; before any training.
+    """
+
+    def __init__(self, spec: TrainSpec, model: Any, tokenizer: Any, *, seed: int) -> None:
+        if model.config.is_encoder_decoder:
+            raise GenomeError(
+                f"`train` needs a causal language model, but {type(model).__name__} has an encoder and a "
+                "decoder; take another model."
+            )
+        self._spec, self._model, self._seed = spec, model, seed
+        self._targets = adapters.Targets(model)
+        self._targets.check(spec)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self._data = data.load(spec.data, tokenizer, context, seed)
+        self._check_batches()
+        self._forward = Forward(model, self._data.parts["train"])
+        self._facts = self._data.describe()
+
+    def _check_batches(self) -> None:
+        largest, count = max(values_of(self._spec.batch_size)), len(self._data.parts["train"])
+        if largest > count:
+            raise GenomeError(
+                f"`train.batch_size` must be <= the number of training examples, {count}, but may be "
+                f"{largest}; lower it, or add examples."
+            )
+
+    def settings(self, params: Params) -> TrainSettings:
+        """The hyperparameters at a point of the space."""
+        return self._spec.settings(params)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the run's record, as JSON: the examples, and how the model is computed."""
+        return {**self._facts, "packed": self._forward.packed, "head_at_targets": self._forward.partial}
+
+    @contextmanager
+    def candidate(
+        self, settings: TrainSettings, number: int, base: str, folder: Path | None = None
+    ) -> Iterator[Trained]:
+        """Train a candidate; it is on the model inside the `with` block, and gone after it.
+
+        Args:
+            settings: The hyperparameters.
+            number: The trial's number.
+            base: What the resident weights are: two trainings of equal `base` and settings are one.
+            folder: Where the trained adapter is kept; one that is there already is not trained again. None
+                to keep nothing.
+
+        Raises:
+            StageError: The training diverged, or the settings do not fit the model.
+        """
+        name, key = f"cand{number:04d}", self._key(settings, base)
+        known = None if folder is None else _record(folder, key)
+        if folder is not None and known is not None:
+            with adapters.loaded(self._model, folder, name):
+                yield known
+            return
+        examples = self._data.parts["train"]
+        steps = plan(examples, settings, self._seed)
+        try:
+            config = adapters.config(settings, self._targets, self._seed, len(steps))
+        except GenomeError as error:
+            raise StageError("train", str(error)) from None
+        with adapters.adapted(self._model, settings, config, name, self._seed) as adapter:
+            training = Training(self._forward, adapter, examples, settings, self._seed, steps)
+            state = None if folder is None else folder.with_name(f"{folder.name}.{key[:16]}.safetensors")
+            training.run(self._model, state)
+            parameters = adapter.parameters().values()
+            first, late = training.losses[0], mean_of_late(training.losses)
+            trained = Trained(
+                {
+                    "loss_first": first,
+                    "loss_last": late,
+                    "steps": float(len(steps)),
+                    "tokens": float(sum(end for step in steps for _, end in step)),
+                    "parameters": float(sum(p.numel() for p in parameters)),
+                },
+                sum(p.numel() * p.element_size() for p in parameters),
+            )
+            if folder is not None:
+                _keep(adapter, folder, {"key": key, "settings": asdict(settings), **asdict(trained)})
+            yield trained
+
+    def _key(self, settings: TrainSettings, base: str) -> str:
+        content = json.dumps([base, asdict(settings), self._seed, self._facts["fingerprint"]])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def losses(self, part: Part) -> list[float]:
+        """The mean negative log-likelihood per target token of each example, in nats, in stored order.
+
+        Raises:
+            StageError: One of them is not finite.
+        """
+        import torch
+
+        examples = self._data.parts[part]
+        means = [0.0] * len(examples)
+        with torch.inference_mode():
+            for group in _groups(examples):
+                losses, owners = self._forward.losses([examples[index] for index in group])
+                sums = torch.zeros(len(group), dtype=torch.float64)
+                sums.index_add_(0, torch.from_numpy(owners), losses.double().cpu())
+                for index, total in zip(group, sums.tolist(), strict=True):
+                    means[index] = total / int(examples[index].targets.sum())
+        if not all(map(math.isfinite, means)):
+            raise StageError("evaluate", f"the loss of the {part} examples is not finite.")
+        return means
+
+
+def _groups(examples: list[Example]) -> Iterator[list[int]]:
+    """Indices in groups of similar length, the longest first, with few enough tokens for one forward pass."""
+    group: list[int] = []
+    width = 0
+    for index in sorted(range(len(examples)), key=lambda i: -len(examples[i])):
+        width = width or len(examples[index])
+        if group and (len(group) + 1) * width > _TOKENS_AT_ONCE:
+            yield group
+            group, width = [], len(examples[index])
+        group.append(index)
+    if group:
+        yield group
+
+
+def _keep(adapter: adapters.Adapter, folder: Path, record: dict[str, Any]) -> None:
+    """Save an adapter with its record, so that a folder of that name is complete."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        adapter.save(beside)
+        (beside / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _record(folder: Path, key: str) -> Trained | None:
+    """What is kept in `folder`, if it is the training with that key."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Trained(record["metrics"], record["bytes"]) if record.get("key") == key else None
