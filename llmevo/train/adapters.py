@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -127,6 +126,8 @@ class Targets:
             if set(values_of(spec.adapter)) <= {"ia3", "vera"}:  # no rank, and one that may be any
                 continue
             rank = max(values_of(spec.rank))
+            if "adalora" in values_of(spec.adapter):
+                rank = _first_rank(rank)
             name, shape = min(modules.items(), key=lambda item: min(item[1]))
             if rank > min(shape):
                 raise GenomeError(
@@ -164,10 +165,10 @@ def config(settings: TrainSettings, targets: Targets, seed: int, steps: int) -> 
         )
     common |= {"lora_alpha": _whole(settings.alpha), "lora_dropout": settings.dropout}
     if settings.adapter == "adalora":
-        # Half more rank at first, cut down between the first tenth and the last third of the steps.
+        # Cut down between the first tenth and the last third of the steps.
         first_cut, last = steps // 10, steps // 3
         return peft.AdaLoraConfig(
-            init_r=math.ceil(1.5 * settings.rank),
+            init_r=_first_rank(settings.rank),
             target_r=settings.rank,
             tinit=first_cut,
             tfinal=last,
@@ -182,6 +183,11 @@ def config(settings: TrainSettings, targets: Targets, seed: int, steps: int) -> 
     if settings.adapter == "pissa":
         common["init_lora_weights"] = _PISSA
     return peft.LoraConfig(r=settings.rank, **common)
+
+
+def _first_rank(rank: int) -> int:
+    """The rank that AdaLoRA begins with: half more than it ends with."""
+    return math.ceil(1.5 * rank)
 
 
 def _whole(value: float) -> float | int:
@@ -229,32 +235,51 @@ class Adapter:
     def _state(self) -> dict[str, torch.Tensor]:
         from peft import get_peft_model_state_dict
 
-        with warnings.catch_warnings():
-            # AdaLoRA may take a module's whole rank; peft takes that for an incomplete shard.
-            warnings.filterwarnings("ignore", message="Adapter .* have invalid shape")
-            state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-                self._peft, adapter_name=self.name, save_embedding_layers=False
-            )
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            self._peft, adapter_name=self.name, save_embedding_layers=False
+        )
+        return state
+
+    def _folded(self) -> dict[str, torch.Tensor]:
+        """AdaLoRA's factors with its singular values and scale in A: those of a LoRA of scale 1."""
+        state = {}
+        for key, module in self._peft.named_modules():
+            if hasattr(module, "lora_E") and self.name in module.lora_E:
+                scale = module.scaling[self.name] / (module.ranknum[self.name] + 1e-5)
+                state[f"{key}.lora_A.weight"] = module.lora_A[self.name] * module.lora_E[self.name] * scale
+                state[f"{key}.lora_B.weight"] = module.lora_B[self.name]
         return state
 
     def save(self, folder: Path) -> int:
         """Write `adapter_config.json` and `adapter_model.safetensors`, which plain peft loads.
 
-        A PiSSA is written as the LoRA of twice the rank that it is on the untouched base: BA less the B0A0
-        that it took from the weights.
+        PiSSA and AdaLoRA are written as the LoRAs that they are on the untouched base: the one with twice the
+        rank, BA less the B0A0 that it took from the weights, the other with its singular values in A.
 
         Returns:
             Bytes of the weights.
         """
+        import peft
         from safetensors.torch import save_file
 
         written = copy.copy(self._peft.peft_config[self.name])
-        written.inference_mode = True
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in self._state().items()}
+        state = self._folded() if self.settings.adapter == "adalora" else self._state()
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        if self.settings.adapter == "adalora":
+            written = peft.LoraConfig(
+                r=written.init_r,
+                lora_alpha=written.init_r,
+                lora_dropout=written.lora_dropout,
+                target_modules=written.target_modules,
+                layers_to_transform=written.layers_to_transform,
+                task_type=written.task_type,
+                base_model_name_or_path=written.base_model_name_or_path,
+            )
         if self.settings.adapter == "pissa":
             state = _difference(state, self._start)
             written.r, written.lora_alpha = 2 * written.r, 2 * written.lora_alpha
             written.init_lora_weights = True
+        written.inference_mode = True
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         written.save_pretrained(str(folder))
@@ -333,8 +358,3 @@ def _unwrap(model: Any) -> None:
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
-
-
-def snippet_targets(targets: Sequence[str]) -> str:
-    """Module names as a Python list."""
-    return "[" + ", ".join(repr(name).replace("'", '"') for name in targets) + "]"

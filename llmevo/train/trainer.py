@@ -116,7 +116,11 @@ class Trainer:
             raise StageError("train", str(error)) from None
         with adapters.adapted(self._model, settings, config, name, self._seed) as adapter:
             training = Training(self._forward, adapter, examples, settings, self._seed, steps)
-            state = None if folder is None else folder.with_name(f"{folder.name}.{key[:16]}.safetensors")
+            # AdaLoRA keeps what it knows of each rank's importance inside peft, so it begins anew.
+            resumable = folder is not None and settings.adapter != "adalora"
+            state = (
+                folder.with_name(f"{folder.name}.{key[:16]}.safetensors") if resumable and folder else None
+            )
             training.run(self._model, state)
             parameters = adapter.parameters().values()
             first, late = training.losses[0], mean_of_late(training.losses)
