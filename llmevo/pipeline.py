@@ -6,8 +6,9 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 from llmevo.errors import GenomeError, StageError
@@ -17,7 +18,9 @@ from llmevo.trial import Split as Split
 
 if TYPE_CHECKING:
     from llmevo.genome import Genome
+    from llmevo.train import Trained, Trainer
 
+ADAPTERS = "adapters"  # where in the run directory the trained adapters are
 _LONGEST_ERROR = 500
 
 
@@ -86,11 +89,13 @@ class Pipeline(Protocol):
 
 @final
 class MergePipeline:
-    """Merges a recipe into one resident model and evaluates it there.
+    """Merges a recipe into one resident model, trains an adapter on it, and evaluates it there.
 
-    Parents, tasks and prompts are loaded when the pipeline is made; a job costs one merge and the forward
-    passes. Weights that have answered a job's items before cost neither. A job that fails, in whatever way,
-    leaves the pipeline ready for the next one: each merge writes every weight anew.
+    Parents, tasks, prompts and examples are loaded when the pipeline is made; a job costs one merge, the
+    training where the genome has `train`, and the forward passes. Weights that have answered a job's items
+    before cost none of it. A job that fails, in whatever way, leaves the pipeline ready for the next one:
+    each merge writes every weight anew, and adapters come off. A job with a recipe of its own (a parent, say)
+    is not trained, nor is one whose adapter the run directory has.
 
     Args:
         genome: The genome.
@@ -100,7 +105,7 @@ class MergePipeline:
     """
 
     def __init__(self, genome: Genome) -> None:
-        from llmevo import evaluate, merge, recipe
+        from llmevo import evaluate, fitness, merge, recipe
 
         started = time.monotonic()
         self._recipes = recipe.Recipes(genome, recipe.num_layers(genome))
@@ -112,49 +117,83 @@ class MergePipeline:
                 "`genome.models` must have a tokenizer beside the base model's weights, but has none."
             )
         loaded = time.monotonic()
-        self._evaluator = evaluate.Evaluator(
-            genome,
-            self._merger.model,
-            self._merger.tokenizer,
-            device=device,
-            cache=evaluate.open_cache() if genome.run.cache else None,
-        )
+        self._trainer = self._make_trainer(genome)
+        prepared = time.monotonic()
+        tasks = genome.for_lm_eval()
+        evaluator = None
+        if tasks is not None:
+            evaluator = evaluate.Evaluator(
+                tasks,
+                self._merger.model,
+                self._merger.tokenizer,
+                device=device,
+                cache=evaluate.open_cache() if genome.run.cache else None,
+            )
+        self._fitness = fitness.Fitness(genome, evaluator, self._trainer)
+        self._kept = None if genome.run.dir is None else Path(genome.run.dir) / ADAPTERS
         self._facts: dict[str, Any] = {
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
             "parents": self._merger.facts,
             "parent_bytes": self._merger.bytes_held,
-            "seconds": {"models": loaded - started, "tasks": time.monotonic() - loaded},
+            "seconds": {"models": loaded - started, "tasks": time.monotonic() - prepared},
         }
+        if self._trainer is not None:
+            self._facts["seconds"]["examples"] = prepared - loaded
+
+    def _make_trainer(self, genome: Genome) -> Trainer | None:
+        if genome.train is None:
+            return None
+        from llmevo.train import Trainer
+
+        return Trainer(genome.train, self._merger.model, self._merger.tokenizer, seed=genome.search.seed)
 
     def run(self, job: Job) -> Outcome:
-        """Merge and evaluate; a failure is an Outcome with `error`, never an exception.
+        """Merge, train and evaluate; a failure is an Outcome with `error`, never an exception.
 
         Only what ends the process (KeyboardInterrupt, SystemExit) passes through.
         """
         seconds: dict[str, float] = {}
         sizes: dict[str, int] = {}
+        training: dict[str, dict[str, float]] = {}
         stage = "merge"
         try:
-            with _timed(seconds, stage):
-                merged = self._recipes.recipe(job.params) if job.recipe is None else job.recipe
-                weights = self._merger.identity(merged, job.seed, exact=job.exact)
-                if not self._evaluator.known(job.split, job.rung, weights):
-                    sizes[stage] = self._merger.merge(merged, job.seed, exact=job.exact)
-            stage = "evaluate"
-            with _timed(seconds, stage):
-                score, metrics = self._evaluator.evaluate(job.split, rung=job.rung, weights=weights)
+            with ExitStack() as on_the_model:
+                with _timed(seconds, stage):
+                    merged = self._recipes.recipe(job.params) if job.recipe is None else job.recipe
+                    trains = self._trainer is not None and job.recipe is None
+                    # What is trained is not known by its merge, and its adapter is wanted.
+                    weights = None if trains else self._merger.identity(merged, job.seed, exact=job.exact)
+                    if weights is None or not self._fitness.known(job.split, job.rung, weights):
+                        sizes[stage] = self._merger.merge(merged, job.seed, exact=job.exact)
+                if trains:
+                    stage = "train"
+                    with _timed(seconds, stage):
+                        trained = on_the_model.enter_context(self._candidate(job, merged))
+                    sizes[stage], training = trained.bytes, {stage: trained.metrics}
+                stage = "evaluate"
+                with _timed(seconds, stage):
+                    score, metrics = self._fitness.evaluate(job.split, rung=job.rung, weights=weights)
         except Exception as error:  # a trial's failure is data, whatever it is
             failed, reason = _reason(error, stage)
             outcome = Outcome(job.number, seconds=seconds, bytes=sizes, error=reason, stage=failed)
         else:
-            return Outcome(job.number, score, metrics, seconds, sizes, items=dict(self._evaluator.last))
+            return Outcome(
+                job.number, score, {**metrics, **training}, seconds, sizes, items=self._fitness.last
+            )
         _free_memory()
         return outcome
 
+    def _candidate(self, job: Job, merged: dict[str, Any]) -> AbstractContextManager[Trained]:
+        """The job's training on the merge that is in the model."""
+        assert self._trainer is not None
+        folder = None if self._kept is None else self._kept / f"trial{job.number:04d}"
+        base = self._merger.identity(merged, job.seed)
+        return self._trainer.candidate(self._trainer.settings(job.params), job.number, base, folder)
+
     def describe(self) -> dict[str, Any]:
-        """`device`, `dtype`, `parents`, `parent_bytes`, `seconds` to load, and `Evaluator.describe()`."""
-        return {**self._facts, **self._evaluator.describe()}
+        """`device`, `dtype`, `parents`, `parent_bytes`, `seconds` to load, and `Fitness.describe()`."""
+        return {**self._facts, **self._fitness.describe()}
 
 
 @contextmanager

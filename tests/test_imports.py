@@ -23,6 +23,7 @@ ROWS: list[list[str]] = [
     ["runner"],
     ["store", "executors"],
     ["pipeline"],
+    ["fitness"],
     ["recipe", "merge", "train", "evaluate"],
     ["optimizer"],
     ["proposers"],

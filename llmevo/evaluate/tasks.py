@@ -50,6 +50,10 @@ def check_tasks(genome: Genome, allow_benchmarks: bool) -> None:
     Raises:
         GenomeError: A folder or a task is not there, a task does not have the metric, or it is a benchmark.
     """
+    tasks = genome.for_lm_eval()
+    if tasks is None:
+        return
+    genome = tasks
     check_folders(genome)
     local = local_index(genome)
     if not allow_benchmarks:

@@ -170,6 +170,11 @@ class Genome(Spec):
         losses = [task for task in self.tasks if task.name == VALIDATION_LOSS]
         if losses and self.train is None:
             raise ValueError(f"`tasks` names {VALIDATION_LOSS}, which needs `train.data`; add `train`")
+        if self.train is not None and self.search.halving.enabled:
+            raise ValueError(
+                "`search.halving.enabled` must not be true with `train`: what costs is the training, and all "
+                "items are scored after it; remove it"
+            )
         if len(losses) > 1:
             raise ValueError(f"`tasks` must not name {VALIDATION_LOSS} twice; remove one")
         return self
@@ -183,7 +188,11 @@ class Genome(Spec):
     def for_lm_eval(self) -> Genome | None:
         """The genome with the tasks that lm-eval scores; None if there are none."""
         tasks = [task for task in self.tasks if task.name != VALIDATION_LOSS]
-        return self.model_copy(update={"tasks": tasks}) if tasks else None
+        search = self.search
+        if self.train is not None:  # its rungs would be tokens, not items
+            halving = search.halving.model_copy(update={"enabled": False})
+            search = search.model_copy(update={"halving": halving})
+        return self.model_copy(update={"tasks": tasks, "search": search}) if tasks else None
 
 
 # A run may continue although these differ: they change how much is searched and how, not what a trial is.

@@ -34,7 +34,7 @@ class Reference:
     """A recipe that is evaluated before the search, to compare with.
 
     Args:
-        origin: `baseline`, `parent:LABEL`, `uniform` or `warm_start:INDEX`.
+        origin: `baseline`, `parent:LABEL`, `uniform`, `warm_start:INDEX` or `default`.
         recipe: The mergekit configuration.
         params: The point of the space that gives the same merge; None if there is none.
     """
@@ -76,6 +76,8 @@ class Recipes:
             StageError: Weights to be normalised sum to nothing; the trial fails before a merge.
         """
         valid = self.space.validate(params)
+        if self._genome.alone is not None:
+            return self._alone(self._genome.alone)
         name = str(valid["merge_method"]) if len(self._methods) > 1 else next(iter(self._methods))
         return self._write(self._methods[name], self._grids(name, valid))
 
@@ -95,12 +97,15 @@ class Recipes:
         return write(method, self._layout, grids)
 
     def references(self) -> list[Reference]:
-        """What is evaluated first: the baseline, each parent, the uniform merge, the warm starts.
+        """What is evaluated first: the baseline, each parent, the uniform merge, warm starts, the default.
 
         The uniform merge gives each parent the weight 1/n, with everything else where the search starts: the
         average of the models for linear, the base plus the mean task vector for methods on task vectors,
         the middle of a slerp of two. Methods that take no weights (sce, model_stock, karcher and so on) are
         compared with the linear average. Of several methods it is the one where the search starts.
+
+        With `train`, all of these are untrained. The `default`, there if a hyperparameter is a gene, is not:
+        it is where the search starts, with the hyperparameters that a user would take.
         """
         spec = self._spec
         base = spec.base_model
@@ -108,15 +113,25 @@ class Recipes:
         found += [
             Reference(f"parent:{self.labels[m]}", self._alone(m), None) for m in spec.models if m != base
         ]
-        uniform = self._uniform()
-        found.append(Reference("uniform", uniform, self.params_of(uniform)))
+        if self._genome.alone is not None:
+            found = [Reference("baseline", self._alone(self._genome.alone), None)]
+        else:
+            uniform = self._uniform()
+            found.append(Reference("uniform", uniform, self._trained_params_of(uniform)))
         for index, entry in enumerate(self._genome.warm_start):
             if isinstance(entry, str):
                 raise GenomeError(
                     f"`warm_start.{index}` must be a recipe, but got the path {entry!r}; use genome.load."
                 )
-            found.append(Reference(f"warm_start:{index}", entry, self.params_of(entry)))
+            found.append(Reference(f"warm_start:{index}", entry, self._trained_params_of(entry)))
+        if self._genome.train is not None and self._genome.train.genes():
+            start = self.space.start()
+            found.append(Reference("default", self.recipe(start), start))
         return found
+
+    def _trained_params_of(self, recipe: Mapping[str, Any]) -> Params | None:
+        """The point of `recipe`; none under `train`, where a point is trained and a reference is not."""
+        return self.params_of(recipe) if self._genome.train is None else None
 
     def _alone(self, model: str) -> dict[str, Any]:
         return {"merge_method": "passthrough", "models": [{"model": model}], "dtype": self._spec.dtype}

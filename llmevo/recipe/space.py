@@ -75,7 +75,9 @@ class SpacePlan:
         spec = genome.genome
         self._genome, self._spec, self._layout = genome, spec, layout
         self.labels = labels([*spec.models, *([spec.base_model] if spec.base_model else [])])
-        self.methods = {name: recipe_methods.find(name) for name in spec.methods}
+        # One model that is trained needs no method; what sets one up would have no effect.
+        named = [] if genome.alone else spec.methods
+        self.methods = {name: recipe_methods.find(name) for name in named}
         self._genes: dict[str, Gene] = {}
         self._users: dict[str, list[str]] = {}
         self._check_parameters()
@@ -85,6 +87,11 @@ class SpacePlan:
         self.space = self._make_space()
 
     def _check_parameters(self) -> None:
+        if self._genome.alone and self._spec.parameters:
+            raise GenomeError(
+                "`genome.parameters` must be empty where one model is trained and nothing merged, but got "
+                f"{', '.join(self._spec.parameters)}; remove them, or name more models."
+            )
         for name, setting in self._spec.parameters.items():
             takers = [m for m in self.methods.values() if name in self._parameters(m)]
             if not takers:
@@ -204,7 +211,7 @@ class SpacePlan:
                 if len(users) < len(self.methods):
                     conditions[name] = Condition("merge_method", tuple(users))
         genes |= self._genes
-        if not genes:
+        if not genes and self._genome.train is None:
             raise GenomeError(
                 f"`genome.merge_method` {self._spec.methods[0]} leaves nothing to search; make a parameter a "
                 "gene in `genome.parameters`, or give several methods."
@@ -212,6 +219,14 @@ class SpacePlan:
         if self._genome.random_init:
             rng = np.random.default_rng([self._genome.search.seed, len(genes)])
             genes = {name: _starting_at(gene, rng.random()) for name, gene in genes.items()}
+        if self._genome.train is not None:
+            genes |= self._genome.train.genes()
+            conditions |= self._genome.train.conditions()
+        if not genes:
+            raise GenomeError(
+                "`train` leaves nothing to search; make a hyperparameter a gene, such as "
+                "`train.learning_rate: {float: [5.0e-5, 2.0e-3], log: true}`."
+            )
         return Space(genes, conditions)
 
 

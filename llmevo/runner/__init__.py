@@ -22,7 +22,7 @@ from llmevo.pipeline import Job, Outcome, Split
 from llmevo.recipe import Recipes, num_layers
 from llmevo.rundir import write_atomic
 from llmevo.runner import facts as describe
-from llmevo.runner import finals, opening
+from llmevo.runner import adapters, finals, opening
 from llmevo.runner.facts import TRUNCATED, truncated
 from llmevo.runner.finals import summarise as summarise
 from llmevo.runner.observer import Observer as Observer
@@ -321,6 +321,14 @@ class _Sitting:
         best = self.optimizer.best
         if best is not None and best.number == told.number:
             self._save_best(best)
+        if self.genome.train is not None:
+            adapters.prune(
+                self.store.run_dir,
+                self.optimizer.trials,
+                len(self.references),
+                self.genome.search.direction,
+                self.genome.evaluate.finalists,
+            )
         self.observer.finished(told, best)
         for task, share in truncated(told.metrics).items():
             if share > TRUNCATED and task not in self._cut:
@@ -338,6 +346,8 @@ class _Sitting:
     def _save_best(self, best: Trial) -> None:
         text = yamltext.dump(self.recipe(best))
         write_atomic(self.store.run_dir / "best" / "recipe.yaml", text)
+        if self.genome.train is not None:
+            adapters.publish(self.store.run_dir, best.number, self.genome.alone)
 
     def _score_finalists(self) -> None:
         """Score the plan's trials on the held-out items; what an earlier sitting scored is kept."""

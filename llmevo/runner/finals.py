@@ -23,7 +23,7 @@ from llmevo.trial import Score, Trial, best, ranked
 EVOLVED = "evolved"
 _ERROR_RATE = 0.05  # of all the finalists' intervals together (Bonferroni)
 _OWN = ("llm", "llm+noise")  # what the model said, as it is or with the strategy's noise
-_KINDS = ("baseline", "parent", "uniform", "warm_start")
+_KINDS = ("baseline", "parent", "uniform", "warm_start", "default")
 
 
 def plan(

@@ -59,12 +59,14 @@ def open_store(path: Path, genome: Genome, genome_text: str, fresh: bool) -> tup
 
 
 def settled(genome: Genome, store: Store) -> Genome:
-    """`genome` with the precision that the run's first sitting chose where it says `auto`.
+    """`genome` with the run's own directory, and the precision that its first sitting chose for `auto`.
 
     Scores in two precisions are not comparable, and the choice is a measurement: another worker or a resumed
     run could measure otherwise.
     """
     spec = genome.evaluate
+    here = genome.run.model_copy(update={"dir": str(store.run_dir)})  # trained adapters are kept there
+    genome = genome.model_copy(update={"run": here})
     if spec.dtype != "auto":
         return genome
     chosen = store.meta("dtype")
@@ -84,9 +86,13 @@ def batch(search: SearchSpec, space: Space) -> int:
 
 
 def references(genome: Genome, recipes: Recipes) -> list[Reference]:
-    """The first trials: warm starts, and before them, unless switched off, what the search must beat."""
+    """The first trials: warm starts, and before them, unless switched off, what the search must beat.
+
+    The default hyperparameters of a training are the last, and cannot be switched off.
+    """
     found = recipes.references()
-    return found if genome.search.references else [r for r in found if r.origin.startswith("warm_start:")]
+    wanted = ("warm_start:", "default")
+    return found if genome.search.references else [r for r in found if r.origin.startswith(wanted)]
 
 
 def ledger(spec: LLMSpec) -> Ledger:

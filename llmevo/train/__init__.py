@@ -4,6 +4,6 @@ Importing this package imports neither torch nor peft; they load when something 
 """
 
 from llmevo.train.data import check_data
-from llmevo.train.trainer import Trainer
+from llmevo.train.trainer import Trained, Trainer
 
-__all__ = ["Trainer", "check_data"]
+__all__ = ["Trained", "Trainer", "check_data"]
