@@ -6,14 +6,12 @@ import hashlib
 import math
 from typing import TYPE_CHECKING, Any, final
 
-from llmevo.genome import VALIDATION_LOSS, Genome
+from llmevo.genome import NLL, VALIDATION_LOSS, Genome
 from llmevo.trial import Score, Split, standard_error
 
 if TYPE_CHECKING:
     from llmevo.evaluate import Evaluator
     from llmevo.train import Trainer
-
-_METRIC = "nll,none"  # nats per target token, the mean of the examples' means
 
 
 @final
@@ -51,7 +49,7 @@ class Fitness:
             return score, metrics
         losses = self._trainer.losses("validation" if split == "search" else "test")
         mean = math.fsum(losses) / len(losses)
-        metrics = {**metrics, VALIDATION_LOSS: {_METRIC: mean}}
+        metrics = {**metrics, VALIDATION_LOSS: {NLL: mean}}
         # Less is better in either direction, and items are signed so that more is.
         items = {VALIDATION_LOSS: [-loss for loss in losses]}
         error = standard_error(losses)

@@ -198,6 +198,11 @@ def validate(
 
         check_tasks(genome, allow_benchmark_tasks)
         facts |= {"parents": check_parents(genome.genome), "checked": ["genome", "tasks", "parents"]}
+        if genome.train is not None:
+            from llmevo.train import check_data
+
+            facts["examples"] = check_data(genome.train.data)
+            facts["checked"].append("examples")
     if as_json:
         _print_json(facts)
         return
@@ -242,19 +247,21 @@ def show(
 
 @app.command()
 def best(run_path: RunPath, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Print the best trial's recipe, a mergekit configuration."""
+    """Print the best trial's recipe, a mergekit configuration, or its settings for peft and TRL."""
+    from llmevo.cli import trained
     from llmevo.cli.console import scored
     from llmevo.report.findings import load, trial_json
 
     findings = load(run_path)
     trial = _trial(findings, None)
     recipe = _recipe(findings, trial)
+    python = trained.snippet_of(findings, trial)
     if as_json:
         verdict = {"headline": findings.headline(), "verdict": findings.verdict()}
-        _print_json({"trial": trial_json(trial), "recipe": recipe, **verdict})
+        _print_json({"trial": trial_json(trial), "recipe": recipe, "python": python, **verdict})
         return
     print(f"# trial {trial.number} by {trial.origin}: {scored(findings, trial)}", file=sys.stderr)
-    _print(_yaml(recipe))
+    _print(_yaml(recipe) if python is None else python.rstrip())
 
 
 @app.command()
@@ -268,15 +275,20 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Write a trial's weights, tokenizer and a model card with the evidence."""
-    from llmevo.cli import card
+    from llmevo.cli import card, trained
     from llmevo.merge import export as write
     from llmevo.report.findings import load
 
     findings = load(run_path)
     trial = _trial(findings, number)
     recipe = _recipe(findings, trial)
+    adapter = trained.adapter_of(findings, trial)
     text = card.render(findings, trial, _yaml(recipe), out.resolve().name)
     write(recipe, out, card=text, seed=findings.genome.search.seed, device=findings.device)
+    if adapter is not None:
+        from llmevo.train.fuse import fuse
+
+        fuse(out, adapter)
     if as_json:
         _print_json({"out": str(out), "trial": trial.number, "files": sorted(p.name for p in out.iterdir())})
     else:

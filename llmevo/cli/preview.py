@@ -197,4 +197,5 @@ def _workload(genome: Genome) -> tuple[object, ...]:
         genome.num_fewshot,
         evaluate.holdout,
         halving,
+        genome.train,
     )

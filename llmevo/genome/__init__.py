@@ -24,6 +24,7 @@ from llmevo.genome.sections import MergeStageSpec as MergeStageSpec
 from llmevo.genome.sections import RunSpec as RunSpec
 from llmevo.genome.sections import SearchSpec as SearchSpec
 from llmevo.genome.spec import Methods, ModelSetting, Spec, Warm
+from llmevo.genome.train import NLL as NLL
 from llmevo.genome.train import VALIDATION_LOSS as VALIDATION_LOSS
 from llmevo.genome.train import TrainSettings as TrainSettings
 from llmevo.genome.train import TrainSpec as TrainSpec
@@ -119,7 +120,14 @@ class TaskSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        value = {"name": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and value.get("name") == VALIDATION_LOSS:
+            value = {"metric": NLL, **value}
+            if value["metric"] != NLL:
+                raise ValueError(
+                    f"{VALIDATION_LOSS} has the metric {NLL!r}, but got {value['metric']!r}; remove it"
+                )
+        return value
 
 
 class Genome(Spec):

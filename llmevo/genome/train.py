@@ -15,6 +15,9 @@ from llmevo.space import Categorical, Condition, Float, Gene, Int, Value
 VALIDATION_LOSS = "validation_loss"
 """The task that is no lm-eval task: the mean negative log-likelihood of the validation examples, in nats."""
 
+NLL = "nll,none"
+"""Its one metric: the mean over the examples of their mean per target token, in nats."""
+
 _LORA = ("lora", "rslora", "dora", "loraplus", "lorafa", "pissa", "adalora")
 ADAPTERS = (*_LORA, "vera", "ia3")
 TARGETS = ("attn", "mlp", "all-linear")

@@ -21,9 +21,10 @@ from llmevo.store import HoldoutRow, Store
 from llmevo.trial import Score, Trial, best, ranked
 
 EVOLVED = "evolved"
+DEFAULT = "default"
 _ERROR_RATE = 0.05  # of all the finalists' intervals together (Bonferroni)
 _OWN = ("llm", "llm+noise")  # what the model said, as it is or with the strategy's noise
-_KINDS = ("baseline", "parent", "uniform", "warm_start", "default")
+_KINDS = ("baseline", "parent", "uniform", "warm_start", DEFAULT)
 
 
 def plan(
@@ -130,7 +131,9 @@ def table(
     holdout: Sequence[HoldoutRow],
     direction: Direction,
 ) -> list[Row]:
-    """The planned trials that were scored, each with its difference to the best parent.
+    """The planned trials that were scored, each with its difference to the rival.
+
+    That is the best parent, or with training the default hyperparameters: what one has without a search.
 
     Args:
         weights: Of the terms of the score, by their key in `Score.items`.
@@ -139,29 +142,29 @@ def table(
         direction: Of the search's score.
     """
     scored = {row.number: row for row in holdout}
-    rivals = sum(label.startswith(EVOLVED) for label, _ in planned)
-    parents = [
-        scored[trial.number].score for label, trial in planned if _is_parent(label) and trial.number in scored
-    ]
-    parent = parents[0] if parents else None
+    finalists = sum(label.startswith(EVOLVED) for label, _ in planned)
+    default = any(label == DEFAULT for label, _ in planned)
+    rivals = [trial.number for label, trial in planned if (label == DEFAULT if default else _is_parent(label))]
+    rival = next((scored[number].score for number in rivals if number in scored), None)
     rows = []
     for label, trial in planned:
         row = scored.get(trial.number)
         if row is None:
             continue
-        level = 1 - _ERROR_RATE / (rivals if label.startswith(EVOLVED) else 1)
-        interval = None if _is_parent(label) else _difference(row.score, parent, weights, level)
+        level = 1 - _ERROR_RATE / (finalists if label.startswith(EVOLVED) else 1)
+        compared = label != DEFAULT and (default or not _is_parent(label))
+        interval = _difference(row.score, rival, weights, level) if compared else None
         optimism = _optimism(trial.score, row.score, direction)
         rows.append(Row(label, trial, row.score, interval, row.error, optimism=optimism))
-    return _tested(rows, parent, weights)
+    return _tested(rows, rival, weights)
 
 
-def _tested(rows: Sequence[Row], parent: Score | None, weights: Mapping[str, float]) -> list[Row]:
+def _tested(rows: Sequence[Row], rival: Score | None, weights: Mapping[str, float]) -> list[Row]:
     """The rows with the finalists' p-values, which together err no more often than one would."""
     found = {
-        place: paired_p_value(row.score.items, parent.items, weights=weights)
+        place: paired_p_value(row.score.items, rival.items, weights=weights)
         for place, row in enumerate(rows)
-        if row.label.startswith(EVOLVED) and row.score and parent and row.interval is not None
+        if row.label.startswith(EVOLVED) and row.score and rival and row.interval is not None
     }
     adjusted = dict(zip(found, holm(list(found.values())), strict=True))
     return [replace(row, p_value=adjusted.get(place)) for place, row in enumerate(rows)]

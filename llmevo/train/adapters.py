@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -300,6 +301,14 @@ def _difference(now: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) ->
 
 
 @contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keep a warning from the user that is meant for peft: 0.21 reads what transformers 5.23 deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+@contextmanager
 def adapted(model: Any, settings: TrainSettings, peft_config: Any, name: str, seed: int) -> Iterator[Adapter]:
     """Put an adapter on the model for the length of a `with` block.
 
@@ -317,7 +326,7 @@ def adapted(model: Any, settings: TrainSettings, peft_config: Any, name: str, se
     wanted = {parameter: parameter.requires_grad for parameter in before}
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), quiet_peft():
             torch.manual_seed(seed)
             wrapped = get_peft_model(model, peft_config, adapter_name=name)
         yield Adapter(wrapped, name, settings)
@@ -339,7 +348,8 @@ def loaded(model: Any, folder: Path, name: str) -> Iterator[None]:
 
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+        with quiet_peft():
+            PeftModel.from_pretrained(model, str(folder), adapter_name=name)
         model.eval()
         yield
     finally:

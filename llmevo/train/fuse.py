@@ -25,10 +25,13 @@ def fuse(model: Path, adapter: Path) -> None:
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from llmevo.train.adapters import quiet_peft
+
     dtype = AutoConfig.from_pretrained(str(model)).dtype or torch.bfloat16
     base = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
     try:
-        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+        with quiet_peft():
+            merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise GenomeError(f"`{adapter}` cannot be added to the model `{model}`: {reason}") from error

@@ -45,10 +45,12 @@ def snippet(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
 
 
 def _peft(settings: TrainSettings, adapter: Mapping[str, Any], steps: int) -> str:
-    given: dict[str, Any] = {"target_modules": adapter["target_modules"]}
-    name = {"ia3": "IA3Config", "vera": "VeraConfig", "adalora": "AdaLoraConfig"}.get(settings.adapter)
+    given: dict[str, Any] = {"target_modules": sorted(adapter["target_modules"])}
+    name: str | None = {"ia3": "IA3Config", "vera": "VeraConfig", "adalora": "AdaLoraConfig"}.get(
+        settings.adapter
+    )
     if settings.adapter == "ia3":
-        given["feedforward_modules"] = adapter["feedforward_modules"]
+        given["feedforward_modules"] = sorted(adapter["feedforward_modules"])
     elif adapter.get("layers_to_transform") is not None:
         given["layers_to_transform"] = adapter["layers_to_transform"]
     if settings.adapter == "vera":
@@ -59,7 +61,7 @@ def _peft(settings: TrainSettings, adapter: Mapping[str, Any], steps: int) -> st
         given |= {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
     elif settings.adapter != "ia3":
         given |= {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-    given |= _FLAGS.get(settings.adapter, {})
+    given.update(_FLAGS.get(settings.adapter, {}))
     given["task_type"] = "CAUSAL_LM"
     name = name or "LoraConfig"
     return f"from peft import {name}\n\npeft_config = {_call(name, given)}"
@@ -83,7 +85,10 @@ def _trl(settings: TrainSettings, steps: int, longest: int | None) -> str:
         given["lr_scheduler_type"] = "warmup_stable_decay"
         given["lr_scheduler_kwargs"] = {"num_decay_steps": falling, "decay_type": "linear"}
     # A budget in tokens is one in steps there.
-    given |= {"num_train_epochs": settings.epochs} if settings.tokens is None else {"max_steps": steps}
+    if settings.tokens is None:
+        given["num_train_epochs"] = settings.epochs
+    else:
+        given["max_steps"] = steps
     given |= {"max_length": longest, "packing": False}
     return f"from trl import SFTConfig\n\nargs = {_call('SFTConfig', given)}"
 

@@ -1,0 +1,54 @@
+"""The trained half of a trial: its settings, where its adapter is, and both as Python to copy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmevo.errors import LlmevoError
+from llmevo.genome import TrainSettings
+from llmevo.report.findings import Findings
+from llmevo.runner.adapters import BEST, folder_of
+from llmevo.trial import Trial
+
+
+def settings_of(findings: Findings, trial: Trial) -> TrainSettings | None:
+    """The hyperparameters that a trial was trained with; None if it was not."""
+    spec = findings.genome.train
+    return None if spec is None or "recipe" in trial.attrs else spec.settings(trial.params)
+
+
+def adapter_of(findings: Findings, trial: Trial) -> Path | None:
+    """The folder of a trial's adapter; None if it was not trained.
+
+    Raises:
+        LlmevoError: It was trained, but is not kept.
+    """
+    if settings_of(findings, trial) is None:
+        return None
+    run_dir, best = findings.summary.run_dir, findings.summary.best
+    chosen = best is not None and best.number == trial.number
+    folder = run_dir / BEST if chosen else folder_of(run_dir, trial.number)
+    if not folder.is_dir():
+        raise LlmevoError(
+            f"`{run_dir}` does not have the adapter of trial {trial.number}: those of the best trials and of "
+            "the default are kept; raise `evaluate.finalists` to keep more."
+        )
+    return folder
+
+
+def snippet_of(findings: Findings, trial: Trial) -> str | None:
+    """The settings as Python for peft and TRL; None if the trial was not trained."""
+    from llmevo.train.snippet import snippet
+    from llmevo.train.trainer import RECORD
+
+    settings, spec = settings_of(findings, trial), findings.genome.train
+    folder = adapter_of(findings, trial)
+    if settings is None or spec is None or folder is None:
+        return None
+    adapter: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    steps = int(json.loads((folder / RECORD).read_text(encoding="utf-8"))["metrics"]["steps"])
+    base = findings.genome.alone or f"the merge of {findings.summary.run_dir / 'best' / 'recipe.yaml'}"
+    head = f"# Trial {trial.number}, trained on {spec.data.train}\n# from {base}\n\n"
+    return head + snippet(settings, adapter, steps, spec.data.max_length)
