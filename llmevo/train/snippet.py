@@ -8,7 +8,7 @@ from typing import Any
 
 from llmevo.genome.train import TrainSettings
 
-_FLAGS = {
+_FLAGS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa_niter_16"},
