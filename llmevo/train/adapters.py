@@ -57,6 +57,10 @@ class Targets:
     Args:
         model: A transformers model without adapters.
 
+    Attributes:
+        layers: How many there are.
+        transposed: Whether the modules hold their weights transposed, as GPT-2's do.
+
     Raises:
         GenomeError: It has no linear modules in numbered layers.
     """
@@ -68,6 +72,8 @@ class Targets:
                 "`train` needs a model with linear modules in numbered layers, and it has none."
             )
         self.layers = 1 + max(map(layer_of, self._linear))
+        kinds = {type(model.get_submodule(name)).__name__ for name in self._linear}
+        self.transposed = kinds == {"Conv1D"}
 
     def modules(self, settings: TrainSettings) -> dict[str, tuple[int, int]]:
         """The modules by full name, with their inputs and outputs.
@@ -151,7 +157,7 @@ def config(settings: TrainSettings, targets: Targets, seed: int, steps: int) -> 
     names = targets.suffixes(settings)
     first = targets.layers - (settings.layers or targets.layers)
     chosen = None if first == 0 else list(range(first, targets.layers))
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "fan_in_fan_out": targets.transposed}
     if settings.adapter == "ia3":
         # IA3 has no choice of layers, so the modules have their full names there.
         full = names if chosen is None else sorted(targets.modules(settings))
@@ -273,6 +279,7 @@ class Adapter:
                 lora_dropout=written.lora_dropout,
                 target_modules=written.target_modules,
                 layers_to_transform=written.layers_to_transform,
+                fan_in_fan_out=written.fan_in_fan_out,
                 task_type=written.task_type,
                 base_model_name_or_path=written.base_model_name_or_path,
             )

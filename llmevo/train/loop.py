@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 _SMOOTH = 0.9  # of the running mean of the loss
-_FIRST = 5  # steps whose mean loss is what divergence is measured against
+_FIRST = 16  # examples whose mean loss is what divergence is measured against
 _DIVERGED = 1.5
 _SAVE_EVERY = 60.0  # seconds
 
@@ -38,6 +38,9 @@ def plan(examples: Sequence[Example], settings: TrainSettings, seed: int) -> lis
 
     Each epoch is a permutation of its own. The last example is cut where the budget ends, so that all steps
     together have exactly `tokens` tokens, or `epochs` times those of the examples.
+
+    Raises:
+        StageError: The budget ends before the first token to learn.
     """
     lengths = [len(example) for example in examples]
     budget = settings.tokens or max(round(settings.epochs * sum(lengths)), 2)
@@ -52,8 +55,14 @@ def plan(examples: Sequence[Example], settings: TrainSettings, seed: int) -> lis
         epoch += 1
     size = settings.batch_size
     steps = [stream[start : start + size] for start in range(0, len(stream), size)]
-    # The cut may leave the last step nothing to learn.
-    return [step for step in steps if any(examples[i].targets[:end].any() for i, end in step)]
+    # The cut may leave the last step nothing to learn: then it is a part of the one before.
+    if not any(examples[index].targets[:end].any() for index, end in steps[-1]):
+        if len(steps) == 1:
+            raise StageError(
+                "train", "the budget has no token to learn: raise `train.tokens` or `train.epochs`"
+            )
+        steps[-2:] = [steps[-2] + steps[-1]]
+    return steps
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
@@ -131,7 +140,7 @@ class Training:
         devices = [model.device] if model.device.type == "cuda" else []
         saved = time.monotonic()
         if settings.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpointing(model, True)
         model.train()
         try:
             with torch.random.fork_rng(devices=devices):
@@ -148,7 +157,7 @@ class Training:
         finally:
             model.eval()
             if settings.checkpointing:
-                model.gradient_checkpointing_disable()
+                _checkpointing(model, False)
         if state is not None:
             state.unlink(missing_ok=True)
 
@@ -210,8 +219,8 @@ class Training:
             raise StageError(
                 "train", f"the loss is not finite in step {step + 1} of {len(self._steps)}: {remedy}"
             )
-        first = self.losses[:_FIRST]
-        if step < max(_FIRST, math.ceil(self._settings.warmup * len(self._steps))):
+        first = self.losses[: math.ceil(_FIRST / self._settings.batch_size)]
+        if step < max(len(first), math.ceil(self._settings.warmup * len(self._steps))):
             return
         smooth = mean_of_late(self.losses)
         if smooth > _DIVERGED * sum(first) / len(first):
@@ -266,6 +275,21 @@ class Training:
     def _identity(self) -> str:
         shapes = {name: list(parameter.shape) for name, parameter in self._parameters.items()}
         return json.dumps([asdict(self._settings), self._seed, self._steps, shapes])
+
+
+def _checkpointing(model: Any, enable: bool) -> None:
+    """Switch the recomputation of activations on or off."""
+    # Version 5 of transformers warns of the old name, and its first releases lack the new one.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if not enable:
+        getattr(model, f"{kind}_checkpointing_disable")()
+        return
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    # It also makes the embeddings ask for gradients, which this kind of recomputation does not need, and for
+    # which the backward pass would go through all layers below the first adapter.
+    model.disable_input_require_grads()
+    for name in ("_require_grads_hook", "_require_grads_hooks"):
+        vars(model).pop(name, None)
 
 
 def mean_of_late(losses: Sequence[float]) -> float:

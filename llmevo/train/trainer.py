@@ -61,6 +61,10 @@ class Trainer:
                 f"`train` needs a causal language model, but {type(model).__name__} has an encoder and a "
                 "decoder; take another model."
             )
+        if any(values_of(spec.checkpointing)) and not model.supports_gradient_checkpointing:
+            raise GenomeError(
+                f"`train.checkpointing` must be false, as {type(model).__name__} cannot recompute activations."
+            )
         self._spec, self._model, self._seed = spec, model, seed
         self._targets = adapters.Targets(model)
         self._targets.check(spec)
@@ -197,4 +201,5 @@ def _record(folder: Path, key: str) -> Trained | None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return Trained(record["metrics"], record["bytes"]) if record.get("key") == key else None
+    ours = isinstance(record, dict) and record.get("key") == key
+    return Trained(record["metrics"], record["bytes"]) if ours else None
