@@ -63,7 +63,7 @@ class Trainer:
             )
         if any(values_of(spec.checkpointing)) and not model.supports_gradient_checkpointing:
             raise GenomeError(
-                f"`train.checkpointing` must be false, as {type(model).__name__} cannot recompute activations."
+                f"`train.checkpointing` must be false: {type(model).__name__} cannot recompute activations."
             )
         self._spec, self._model, self._seed = spec, model, seed
         self._targets = adapters.Targets(model)

@@ -134,7 +134,7 @@ def test_memory_stays_flat_over_200_trials(
 
     def held() -> tuple[int, int]:
         gc.collect()
-        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
         return len(tensors), sum(t.numel() * t.element_size() for t in tensors)
 
     seen = []
