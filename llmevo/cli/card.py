@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
+from llmevo.cli import trained
 from llmevo.cli.console import scored
+from llmevo.genome import TrainSettings
 from llmevo.report.findings import Findings
 from llmevo.report.words import interval, number, percent, signed
 from llmevo.runner.observer import Row
@@ -11,9 +16,7 @@ from llmevo.trial import Trial
 _HEAD = """---
 library_name: transformers
 tags:
-- merge
-- mergekit
-- llmevo
+{tags}
 ---
 """
 
@@ -34,9 +37,13 @@ def render(findings: Findings, trial: Trial, recipe: str, name: str) -> str:
     )
     models = "\n".join(f"- `{model}`" for model in findings.genome.genome.models)
     base = findings.genome.genome.base_model
-    return f"""{_HEAD}# {name}
+    merged = findings.genome.alone is None
+    settings = trained.settings_of(findings, trial)
+    kinds = ["merge", "mergekit"] * merged + ["peft"] * (settings is not None) + ["llmevo"]
+    head = _HEAD.format(tags="\n".join(f"- {kind}" for kind in kinds))
+    return f"""{head}# {name}
 
-A merge of language models, found by evolution with llmevo and computed by mergekit.
+{_origin(merged, settings is not None)}
 It is trial {trial.number} of the run `{findings.name}`, proposed by `{trial.origin}`.
 
 Models:
@@ -44,7 +51,7 @@ Models:
 {models}
 
 Base model: {f"`{base}`" if base else "none"}
-
+{"" if settings is None else _training(findings, settings)}
 ## Evidence
 
 {_evidence(findings, trial)}
@@ -67,12 +74,31 @@ Only the held-out items are evidence.
 """
 
 
+def _origin(merged: bool, tuned: bool) -> str:
+    if not tuned:
+        return "A merge of language models, found by evolution with llmevo and computed by mergekit."
+    what = "A merge of language models, computed by mergekit and fine-tuned" if merged else "A fine-tune"
+    return f"{what} with an adapter that is added to the weights; its settings were found with llmevo."
+
+
+def _training(findings: Findings, settings: TrainSettings) -> str:
+    spec = findings.genome.train
+    data = "" if spec is None else f" on `{Path(spec.data.train).name}`"
+    chosen = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if value is not None)
+    return f"""
+## Training
+
+An adapter trained{data}: {chosen}.
+"""
+
+
 def _evidence(findings: Findings, trial: Trial) -> str:
     rows = findings.summary.table
     if not rows:
         return findings.verdict()
     lines = [
-        f"Scores on {findings.held_out_items()} held-out items; differences are paired, to the best parent.",
+        f"Scores on {findings.held_out_items()} held-out items; differences are paired, to the "
+        f"{findings.rival_name}.",
         "",
         "| model | score | 95 % interval | difference | interval | p | optimism |",
         "|---|---|---|---|---|---|---|",

@@ -49,7 +49,15 @@ def held_out(findings: Findings) -> str:
     rows = findings.summary.table
     if not rows:
         return ""
-    head = ("held-out items", "score", "95 % interval", "to best parent", "interval", "p", "optimism")
+    head = (
+        "held-out items",
+        "score",
+        "95 % interval",
+        f"to {findings.rival_name}",
+        "interval",
+        "p",
+        "optimism",
+    )
     return table(head, [_held_out_row(row) for row in rows])
 
 

@@ -150,7 +150,7 @@ def _held_out(findings: Findings) -> str:
     if not rows:
         return ""
     winner = findings.winner.label if findings.winner else ""
-    against = findings.best_parent.label if findings.best_parent else "the best parent"
+    against = findings.rival.label if findings.rival else f"the {findings.rival_name}"
     scores = [
         figures.Estimate(row.label, score.value, *(interval(score) or (None, None))) for row, score in rows
     ]
@@ -159,7 +159,15 @@ def _held_out(findings: Findings) -> str:
         for row, _ in rows
         if row.interval is not None
     ]
-    head = ("model", "score", "95 % interval", "to the best parent", "95 % interval", "p", "optimism")
+    head = (
+        "model",
+        "score",
+        "95 % interval",
+        f"to the {findings.rival_name}",
+        "95 % interval",
+        "p",
+        "optimism",
+    )
     note = _note(
         f"{findings.held_out_items()} items that the search never saw, answered by merges of mergekit's own "
         "arithmetic. Differences are paired: both models answer the same items, so what is hard for both "

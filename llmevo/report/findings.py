@@ -14,7 +14,7 @@ from llmevo.errors import StatsError
 from llmevo.genome import Genome
 from llmevo.report import verdict
 from llmevo.report.words import spending
-from llmevo.runner.finals import summarise
+from llmevo.runner.finals import DEFAULT, summarise
 from llmevo.runner.observer import Row, RunSummary
 from llmevo.stats import Interval, paired_difference
 from llmevo.store import Store
@@ -83,10 +83,18 @@ class Findings:
         return next((row for row in self.summary.table if row.label == "evolved"), None)
 
     @property
-    def best_parent(self) -> Row | None:
-        """The row that the differences are to: the only parent without a difference to it."""
-        parents = [row for row in self.summary.table if row.label.startswith("parent:") and row.score]
-        return next((row for row in parents if row.interval is None), None)
+    def rival(self) -> Row | None:
+        """The row that the differences are to: the best parent, or what the default settings trained."""
+        rivals = [
+            row for row in self.summary.table if row.label.startswith(("parent:", DEFAULT)) and row.score
+        ]
+        return next((row for row in rivals if row.interval is None), None)
+
+    @property
+    def rival_name(self) -> str:
+        """What the rival is: `best parent`, or `default` in a run that searches training settings."""
+        default = any(trial.origin == DEFAULT for trial in self.summary.references)
+        return DEFAULT if default else "best parent"
 
     def counts(self) -> dict[str, int]:
         """Number of trials by state."""

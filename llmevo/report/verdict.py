@@ -42,10 +42,14 @@ def headline(findings: Findings) -> str:
     gap = number(abs(row.interval.estimate))
     found = sure(row.interval, row.p_value)
     if found > 0:
-        return f"The evolved merge beats the best parent by {gap}"
+        return f"{_evolved(findings).capitalize()} beats the {findings.rival_name} by {gap}"
     if found < 0:
-        return f"The evolved merge is worse than the best parent by {gap}"
-    return "No gain over the best parent that is larger than the noise"
+        return f"{_evolved(findings).capitalize()} is worse than the {findings.rival_name} by {gap}"
+    return f"No gain over the {findings.rival_name} that is larger than the noise"
+
+
+def _evolved(findings: Findings) -> str:
+    return "the evolved merge" if findings.genome.train is None else "the evolved model"
 
 
 def verdict(findings: Findings) -> str:
@@ -91,7 +95,7 @@ def _gain(findings: Findings) -> str:
             "best of many noisy scores is too good on average."
         )
     parts = (
-        _against_parent(findings, row),
+        _against_rival(findings, row),
         _finalists(findings),
         _optimism(findings, row),
         _against(findings, "uniform", "uniform merge"),
@@ -100,24 +104,26 @@ def _gain(findings: Findings) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _against_parent(findings: Findings, row: Row) -> str:
-    parent, gap = findings.best_parent, row.interval
-    if gap is None or parent is None:
-        return "There is no parent's held-out score to compare the evolved model with."
+def _against_rival(findings: Findings, row: Row) -> str:
+    rival, gap = findings.rival, row.interval
+    if gap is None or rival is None:
+        whose = "no held-out score of the default" if findings.genome.train else "no parent's held-out score"
+        return f"There is {whose} to compare the evolved model with."
     tested = "" if row.p_value is None else f", p = {row.p_value:.2g}"
     span = (
         f"{signed(gap.estimate)} on {findings.held_out_items()} held-out items "
         f"({percent(gap.level)} interval {signed(gap.low)} to {signed(gap.high)}{tested})"
     )
-    name = parent.label.removeprefix("parent:")
+    _, _, name = rival.label.partition("parent:")
+    against = f"Against the best parent, {name}, " if name else "Against the default settings, "
     found = sure(gap, row.p_value)
     if found > 0:
-        return f"Against the best parent, {name}, the evolved merge gains {span}: more than the noise."
+        return f"{against}{_evolved(findings)} gains {span}: more than the noise."
     if found < 0:
-        return f"Against the best parent, {name}, the evolved merge loses {span}: worse, beyond the noise."
+        return f"{against}{_evolved(findings)} loses {span}: worse, beyond the noise."
     return (
-        f"Against the best parent, {name}, the evolved merge differs by {span}: no gain larger than the "
-        "noise is shown. More held-out items would narrow it."
+        f"{against}{_evolved(findings)} differs by {span}: no gain larger than the noise is shown. More "
+        "held-out items would narrow it."
     )
 
 
@@ -136,12 +142,12 @@ def _finalists(findings: Findings) -> str:
 
 def _optimism(findings: Findings, row: Row) -> str:
     """How far the items that chose the winner had flattered it."""
-    parent = findings.best_parent
+    rival = findings.rival
     if row.optimism is None:
         return ""
     text = f"The search had scored the winner {_apart(row.optimism)} the held-out items do"
-    if parent is not None and parent.optimism is not None:
-        text += f", and the best parent {_apart(parent.optimism)} them"
+    if rival is not None and rival.optimism is not None:
+        text += f", and the {findings.rival_name} {_apart(rival.optimism)} them"
     return f"{text}: the best of many noisy scores flatters itself."
 
 

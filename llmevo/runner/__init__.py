@@ -21,8 +21,8 @@ from llmevo.optimizer import Optimizer
 from llmevo.pipeline import Job, Outcome, Split
 from llmevo.recipe import Recipes, num_layers
 from llmevo.rundir import write_atomic
-from llmevo.runner import facts as describe
 from llmevo.runner import adapters, finals, opening
+from llmevo.runner import facts as describe
 from llmevo.runner.facts import TRUNCATED, truncated
 from llmevo.runner.finals import summarise as summarise
 from llmevo.runner.observer import Observer as Observer

@@ -144,7 +144,9 @@ def table(
     scored = {row.number: row for row in holdout}
     finalists = sum(label.startswith(EVOLVED) for label, _ in planned)
     default = any(label == DEFAULT for label, _ in planned)
-    rivals = [trial.number for label, trial in planned if (label == DEFAULT if default else _is_parent(label))]
+    rivals = [
+        trial.number for label, trial in planned if (label == DEFAULT if default else _is_parent(label))
+    ]
     rival = next((scored[number].score for number in rivals if number in scored), None)
     rows = []
     for label, trial in planned:

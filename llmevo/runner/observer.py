@@ -42,14 +42,15 @@ class Row:
     """A line of the table on held-out items.
 
     Args:
-        label: `evolved`, `evolved:2`, ..., `parent:NAME`, `uniform`, `baseline` or `warm_start:I`.
+        label: `evolved`, `evolved:2`, ..., `parent:NAME`, `uniform`, `baseline`, `warm_start:I`, `default`.
         trial: The trial, with its score on the search items.
         score: On the held-out items; None if that evaluation failed.
-        interval: Of the paired difference to the best parent, positive where this row is better whatever the
+        interval: Of the paired difference to the rival, which is the best parent, or what the default
+            settings trained where they are searched; positive where this row is better whatever the
             direction; its `level` is above 0.95 where several finalists share the risk. None for the
             parent's own row, without a parent, and where a score is missing.
         error: Why the held-out evaluation failed.
-        p_value: A finalist's, that it and the best parent are equally good, two-sided and after Holm's
+        p_value: A finalist's, that it and the rival are equally good, two-sided and after Holm's
             correction over the finalists; None for the other rows and where there is no interval.
         optimism: How much better the score on the search items is than the one on the held-out items,
             positive where the search flatters whatever the direction.

