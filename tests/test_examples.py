@@ -120,6 +120,42 @@ def test_merge_two_evolves_a_merge(tmp_path: Path) -> None:
     assert (tmp_path / "best.yaml").is_file()
 
 
+def test_lora_search_data_have_no_topic_in_two_parts(
+    example, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = example("lora_search")
+
+    class Words:
+        """A tokenizer that takes a word for a token."""
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [0] * len(text.split())
+
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_: Words())
+    parts = module.examples(tmp_path, module.FULL)
+    assert {part: len(facts) for part, facts in parts.items()} == module.FULL
+    topics = [{fact.topic for fact in facts} for facts in parts.values()]
+    assert not topics[0] & topics[1]
+    assert not topics[0] & topics[2]
+    assert not topics[1] & topics[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_lora_search_finds_settings_and_leaves_an_adapter(tmp_path: Path, smollm2: Path) -> None:
+    from peft import PeftConfig
+
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
+    done = run("examples/lora_search.py", "--smoke", "--folder", str(tmp_path), timeout=1000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the default settings" in " ".join(done.stdout.split())
+    assert "SFTConfig(" in done.stdout
+    made = PeftConfig.from_pretrained(tmp_path / "runs/lora-smollm2/best/adapter")
+    assert made.base_model_name_or_path == ".cache/smollm2"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_quickstart_runs_to_the_end_and_again(tmp_path: Path, smollm2: Path) -> None:

@@ -191,15 +191,19 @@ def _options(name: str, genome: Genome, recipes: Recipes, chat: DescribedClient 
 
 def _context(genome: Genome, recipes: Recipes) -> Context:
     """What the language model is told of the search beyond its space."""
-    methods = genome.genome.merge_method
+    methods = genome.genome.methods if genome.alone is None else []
+    method = f"one of {', '.join(methods)}" if len(methods) > 1 else "".join(methods)
+    if genome.train is not None:
+        method += f"{', then ' if method else ''}training an adapter"
+    made = "merged" if genome.train is None else "trained"
     unseen = sum(reference.params is None for reference in references(genome, recipes))
     return Context(
-        goal="the weighted sum of the tasks' metrics of the merged model",
+        goal=f"the weighted sum of the tasks' metrics of the {made} model",
         tasks=[f"{task.name} ({task.metric}, weight {task.weight:g})" for task in genome.tasks],
         models=list(recipes.labels.values()),
-        method=methods if isinstance(methods, str) else "one of " + ", ".join(methods),
+        method=method,
         budget=genome.search.trials - unseen,
-        cards=cards(genome.genome.methods),
+        cards=[*(["lora"] if genome.train is not None else []), *cards(methods)],
     )
 
 

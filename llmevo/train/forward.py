@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _CHUNK = 1024  # targets whose logits are in memory at once
 _PROBE = 24  # tokens of each example that packing is tried on
-_TOLERANCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.1, "torch.float16": 0.05}  # nats
+# Mean difference in nats. Rounding makes 2e-6, 6e-3 and 3e-2 on a real model, tokens that see each other 0.5.
+_TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 0.03, "torch.bfloat16": 0.1}
 
 
 @final
@@ -42,7 +43,7 @@ class Forward:
         self._head = model.get_output_embeddings()
         self.packed = self.partial = False
         short = [Example(e.tokens[:_PROBE], np.arange(len(e.tokens[:_PROBE])) > 0) for e in examples[:3]]
-        tolerance = _TOLERANCE.get(str(model.dtype), 1e-3)
+        tolerance = _TOLERANCE.get(str(model.dtype), 1e-4)
         plain = self._probe(short)
         self.partial = self._head is not None and self._body is not model
         self.partial = self.partial and _close(self._probe(short), plain, tolerance)
@@ -111,4 +112,4 @@ def _nll(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def _close(found: torch.Tensor | None, plain: torch.Tensor | None, tolerance: float) -> bool:
     if found is None or plain is None or found.shape != plain.shape:
         return False
-    return bool((found - plain).abs().max() <= tolerance)
+    return bool((found - plain).abs().mean() <= tolerance)

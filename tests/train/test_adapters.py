@@ -168,6 +168,7 @@ def test_targets_of_a_llama(tiny: Any) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "pissa", "vera", "ia3", "adalora"])
 def test_a_gpt2_is_trained_and_saved(
     adapter: str, tokenizer: Any, make_spec: Callable[..., Any], tmp_path: Path

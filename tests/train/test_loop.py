@@ -115,9 +115,7 @@ def test_thirty_steps_are_those_of_peft_and_transformers_trainer(
     assert np.abs(np.array(ours) - theirs).max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "other", [{"accumulation": 3}, {"checkpointing": True}, {"accumulation": 8, "checkpointing": True}]
-)
+@pytest.mark.parametrize("other", [{"accumulation": 3}, {"accumulation": 8, "checkpointing": True}])
 @pytest.mark.usefixtures("untouched")
 def test_how_a_batch_is_computed_does_not_change_the_training(
     tiny: Any, facts: list[Example], other: dict[str, Any]
@@ -134,7 +132,10 @@ class Killed(Exception):
     """In place of a `kill -9`: nothing runs after it."""
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "loraplus", "pissa", "vera"])
+@pytest.mark.parametrize(
+    "adapter",
+    ["lora", *(pytest.param(a, marks=pytest.mark.slow) for a in ("dora", "loraplus", "pissa", "vera"))],
+)
 def test_a_training_goes_on_where_it_was_left(
     tiny: Any, facts: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: str
 ) -> None:

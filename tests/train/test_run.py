@@ -295,7 +295,7 @@ def both(tiny_llamas: Any, data: dict[str, Any], letters: Path) -> Genome:
     )
 
 
-@pytest.mark.parametrize("adapter", ["lora", "pissa", "ia3"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_merge_then_train_then_evaluate(both: Genome, adapter: str) -> None:
     torch.set_num_threads(1)
     assert both.train is not None
