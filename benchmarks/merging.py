@@ -214,8 +214,8 @@ def compare(
     }
 
 
-def measure(methods: list[str], root: Path, runs: int) -> dict[str, Any]:
-    """Compare and time methods."""
+def measure(methods: list[str], root: Path, runs: int) -> None:
+    """Compare and time methods, and store each as soon as it is done."""
     import torch
     from safetensors.torch import load_file
 
@@ -262,7 +262,16 @@ def measure(methods: list[str], root: Path, runs: int) -> dict[str, Any]:
             "difference": difference,
         }
         print(line(method, rows[method]), flush=True)
-    return {"machine": machine(), "size": size, "runs": runs, "methods": rows}
+        store({"machine": machine(), "size": size, "runs": runs, "methods": {method: rows[method]}})
+
+
+def store(results: dict[str, Any]) -> None:
+    """Write what was measured beside what is stored of other methods."""
+    if RESULTS.is_file():
+        stored = json.loads(RESULTS.read_text(encoding="utf-8"))
+        results["methods"] = stored["methods"] | results["methods"]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def slow_first(method: str) -> bool:
@@ -318,12 +327,7 @@ def main() -> None:
     if not arguments.report:
         if arguments.models is None:
             parser.error("`--models` must name a folder, unless `--report` is given")
-        results = measure(arguments.methods, arguments.models, arguments.runs)
-        if RESULTS.is_file():
-            stored = json.loads(RESULTS.read_text(encoding="utf-8"))
-            results["methods"] = stored["methods"] | results["methods"]
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measure(arguments.methods, arguments.models, arguments.runs)
     print(report(json.loads(RESULTS.read_text(encoding="utf-8"))), file=sys.stdout)
 
 
