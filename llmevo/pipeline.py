@@ -136,6 +136,7 @@ class MergePipeline:
             "dtype": str(dtype).removeprefix("torch."),
             "parents": self._merger.facts,
             "parent_bytes": self._merger.bytes_held,
+            "memory": self._merger.memory,
             "seconds": {"models": loaded - started, "tasks": time.monotonic() - prepared},
         }
         if self._trainer is not None:
@@ -192,7 +193,7 @@ class MergePipeline:
         return self._trainer.candidate(self._trainer.settings(job.params), job.number, base, folder)
 
     def describe(self) -> dict[str, Any]:
-        """`device`, `dtype`, `parents`, `parent_bytes`, `seconds` to load, and `Fitness.describe()`."""
+        """`device`, `dtype`, `parents`, `parent_bytes`, `memory`, `seconds`, and `Fitness.describe()`."""
         return {**self._facts, **self._fitness.describe()}
 
 
