@@ -588,7 +588,7 @@ def test_the_check_shows_no_key(step: Step, llmevo: Any) -> None:
 
 def test_a_verbose_run_shows_no_key(llmevo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line over a run that is refused, and one in which something unforeseen breaks in a call."""
-    monkeypatch.setattr("llmevo.runner.LocalExecutor", lambda *given, **options: FunctionExecutor())
+    monkeypatch.setattr("llmevo.runner.workers.LocalExecutor", lambda *given, **options: FunctionExecutor())
     monkeypatch.setattr("llmevo.evaluate.check_tasks", lambda *given: None)
     with serving(error(401, f"bad key {KEY}")) as server:
         search = Search(tmp_path / "run", server.url)
