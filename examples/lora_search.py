@@ -14,9 +14,7 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 # Before transformers is imported: everything is on this machine.
@@ -24,6 +22,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import quickstart_data as data
+from quickstart import llmevo, say
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 1
@@ -31,11 +30,6 @@ RUN = "runs/lora-smollm2"
 FULL = {"train": 600, "validation": 120, "test": 300}
 SMALL = {"train": 40, "validation": 8, "test": 12}
 SMOKE = ("search.trials=4", "search.population=2", "train.tokens=120", "evaluate.finalists=1")
-
-
-def say(what: str, line: str) -> None:
-    """A line of progress; stdout is kept for the results."""
-    print(f"{what:11}{line}", file=sys.stderr, flush=True)
 
 
 def examples(base: Path, sizes: dict[str, int]) -> dict[str, list[data.Fact]]:
@@ -69,12 +63,6 @@ def prepare(cache: Path, sizes: dict[str, int]) -> None:
         say(part, f"{len(facts)} examples ({facts[0].prompt} {facts[0].answer})")
 
 
-def llmevo(arguments: Sequence[str], folder: Path) -> int:
-    """Run the llmevo command as a user would; return its exit code."""
-    say("$", " ".join(["llmevo", *arguments]))
-    return subprocess.run([Path(sys.executable).with_name("llmevo"), *arguments], cwd=folder).returncode
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Search LoRA settings for SmolLM2 on real facts.")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
@@ -87,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings = [part for override in SMOKE if options.smoke for part in ("--set", override)]
     # Ctrl-C goes to both processes: llmevo saves and says how to go on, and this one waits for it.
     signal.signal(signal.SIGINT, lambda *_: None)
-    code = llmevo(["run", shown, "--run-dir", RUN, *settings], folder)
+    code = llmevo("run", shown, "--run-dir", RUN, *settings, folder=folder)
     if code == 0:
-        code = llmevo(["best", RUN], folder)
+        code = llmevo("best", RUN, folder=folder)
     if code == 0:
         say("next", f"{RUN}/best/adapter loads in peft; llmevo export {RUN} --out my-model")
     return code

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from choice_task import sums, write_choice_task
 from rich.console import Console
 from search_run import FunctionExecutor, finished, genome_data
 
@@ -60,30 +61,11 @@ def task_genome(tmp_path: Path) -> Path:
     (tmp_path / "tasks").mkdir()
     data = genome_data()
     for spec in data["tasks"]:
-        _write_task(tmp_path / "tasks", spec["name"], 8)
+        write_choice_task(tmp_path / "tasks", spec["name"], {"test": sums(range(8))})
     data["evaluate"]["task_path"] = [str(tmp_path / "tasks")]
     path = tmp_path / "genome.yaml"
     path.write_text(yaml.safe_dump(data))
     return path
-
-
-def _write_task(folder: Path, name: str, count: int) -> None:
-    rows = [
-        {"q": f"{n} plus 1 is", "choices": [str(n + k) for k in range(4)], "gold": 1} for n in range(count)
-    ]
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
 
 
 def one_line(called: Called) -> str:
@@ -414,7 +396,7 @@ def test_sparkline() -> None:
 @pytest.mark.slow
 def test_a_real_run_is_interrupted_continued_and_exported(tiny_llamas: Any, tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
-    _write_task(tmp_path / "tasks", "sums", 24)
+    write_choice_task(tmp_path / "tasks", "sums", {"test": sums(range(24))})
     genome = {
         "genome": {"models": [str(p) for p in tiny_llamas.parents], "base_model": str(tiny_llamas.base)},
         "tasks": [{"name": "sums", "metric": "gold_logprob,none"}],

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from choice_task import sums, write_choice_task
 
 from llmevo.genome import Genome
 from llmevo.store import Store
@@ -57,22 +58,7 @@ if __name__ == "__main__":
 def genome_file(tmp_path_factory: pytest.TempPathFactory, tiny_llamas: Any) -> Path:
     """Three tiny Llamas merged by DARE-TIES (random masks), scored on sixteen four-choice items."""
     folder = tmp_path_factory.mktemp("kill")
-    rows = [
-        {"q": f"{n} plus 1 is", "choices": [str(n + k) for k in (2, 1, 3, 5)], "gold": 1} for n in range(16)
-    ]
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "sums",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "test.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / "sums.yaml").write_text(yaml.safe_dump(task))
+    write_choice_task(folder, "sums", {"test": sums(range(16), (2, 1, 3, 5))})
     genome = {
         "genome": {
             "models": [str(parent) for parent in tiny_llamas.parents],

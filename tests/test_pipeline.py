@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from choice_task import sums, write_choice_task
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
@@ -32,23 +32,7 @@ from llmevo.pipeline import Job, MergePipeline, Outcome  # noqa: E402
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One four-choice task, `letters`."""
     folder = tmp_path_factory.mktemp("letters")
-    for split, numbers in (("test", range(30)), ("train", range(30, 34))):
-        rows = [
-            {"q": f"{n} plus 1 is", "choices": [str(n + k) for k in range(4)], "gold": 1} for n in numbers
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "letters",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("test", "train")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / "letters.yaml").write_text(yaml.safe_dump(task))
+    write_choice_task(folder, "letters", {"test": sums(range(30)), "train": sums(range(30, 34))})
     return folder
 
 

@@ -104,12 +104,18 @@ def _kind(value: Any) -> str:
     return "<models>" if isinstance(value, dict) else "<fixed>"
 
 
+def setting_kind(value: Any) -> str:
+    """As `_kind`, where a mapping that is no gene is a wrong fixed value."""
+    kind = _kind(value)
+    return "<fixed>" if kind == "<models>" else kind
+
+
 Setting: TypeAlias = Annotated[
     Annotated[FloatGene, Tag("<float>")]
     | Annotated[IntGene, Tag("<int>")]
     | Annotated[ChoiceGene, Tag("<choice>")]
     | Annotated[Fixed, Tag("<fixed>")],
-    Discriminator(lambda value: kind if (kind := _kind(value)) != "<models>" else "<fixed>"),
+    Discriminator(setting_kind),
 ]
 ModelSetting: TypeAlias = Annotated[
     Annotated[FloatGene, Tag("<float>")]

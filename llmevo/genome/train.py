@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias, final
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from llmevo.errors import SpaceError
-from llmevo.genome.spec import ChoiceGene, Fixed, FloatGene, GeneSpec, IntGene, Spec
+from llmevo.genome.spec import ChoiceGene, Fixed, FloatGene, GeneSpec, IntGene, Spec, setting_kind
 from llmevo.space import Categorical, Condition, Float, Gene, Int, Value
 
 VALIDATION_LOSS = "validation_loss"
@@ -33,10 +33,7 @@ _PREFIX = "train."
 
 
 def _kind(value: Any) -> str:
-    for model, key in ((FloatGene, "float"), (IntGene, "int"), (ChoiceGene, "choice")):
-        if isinstance(value, model) or (isinstance(value, dict) and key in value):
-            return f"<{key}>"
-    return "<list>" if isinstance(value, list) else "<fixed>"
+    return "<list>" if isinstance(value, list) else setting_kind(value)
 
 
 _Setting: TypeAlias = Annotated[

@@ -114,9 +114,13 @@ def test_the_planner_is_asked_once_for_a_structure(spec, merger, monkeypatch) ->
         models = [{"model": m, "parameters": {"weight": [weight, 0.5]}} for m in spec.models]
         return {"merge_method": "linear", "models": models, "dtype": "bfloat16"}
 
+    asked = []
+    trace = plan.trace
+    monkeypatch.setattr(plan, "trace", lambda *given, **named: asked.append(given) or trace(*given, **named))
     merger.merge(recipe(0.1), seed=0)
-    monkeypatch.setattr(plan, "trace", None)
+    before = len(asked)
     merger.merge(recipe(0.2), seed=0)
+    assert len(asked) == before
 
 
 @pytest.mark.parametrize("value", [True, "0.5", {"value": {"value": 1}}])

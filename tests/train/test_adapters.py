@@ -222,8 +222,9 @@ def test_what_does_not_fit_is_said_before_the_first_step(
 def test_a_rank_that_fits_the_chosen_modules_is_allowed(
     tiny: Any, tokenizer: Any, make_spec: Callable[..., Any]
 ) -> None:
-    Trainer(make_spec(rank=64, target_modules="mlp"), tiny, tokenizer, seed=0)
-    Trainer(make_spec(rank=64, adapter="vera"), tiny, tokenizer, seed=0)
+    for allowed in ({"target_modules": "mlp"}, {"adapter": "vera"}):
+        trainer = Trainer(make_spec(rank=64, **allowed), tiny, tokenizer, seed=0)
+        assert trainer.settings({}).rank == 64
 
 
 def test_an_encoder_decoder_is_refused(tokenizer: Any, make_spec: Callable[..., Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from choice_task import sums, write_choice_task
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -261,23 +262,8 @@ def test_a_run_that_is_continued_ends_as_an_uninterrupted_one(
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One four-choice lm-eval task."""
-    import yaml
-
     folder = tmp_path_factory.mktemp("letters")
-    rows = [{"q": f"{n} plus 1 is", "choices": [str(n + k) for k in range(4)], "gold": 1} for n in range(20)]
-    (folder / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "letters",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "letters.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / "letters.yaml").write_text(yaml.safe_dump(task))
+    write_choice_task(folder, "letters", {"test": sums(range(20))})
     return folder
 
 
