@@ -107,16 +107,19 @@ _RULES = {
 
 
 class DataSpec(Spec):
-    """The examples; `data: FILE` is short for `data: {train: FILE}`.
+    """The examples; `data: SOURCE` is short for `data: {train: SOURCE}`.
 
-    Each row of a JSONL or parquet file has `text`, or `prompt` and `completion`, or `messages` (a list of
-    `role` and `content`). Of a text every token is learnt, of the others the completion and the assistant's
-    turns.
+    A source is a JSONL or parquet file, or a data set for `datasets`: `NAME` or `NAME[split]`, where NAME is
+    a folder that `datasets` wrote or can read, or a name on the hub. Each row has `text`, or `prompt` and
+    `completion`, or `messages` (a list of `role` and `content`). Of a text every token is learnt, of the
+    others the completion and the assistant's turns. With a head for classes or values, it has `text`,
+    perhaps `text_pair`, and `label`.
 
     Attributes:
-        train: File with the examples to learn from.
-        validation: File of the search's examples, or the share of `train` that is taken for them.
-        test: File of the held-out examples, which are read once, at the end; or their share of `train`.
+        train: Source of the examples to learn from.
+        validation: Source of the search's examples, or the share of `train` that is taken for them.
+        test: Source of the held-out examples, which are read once, at the end; or their share of `train`.
+        columns: From the names above to the source's own, such as `{prompt: document, completion: summary}`.
         max_length: Longest example in tokens; None for the model's context.
         too_long: What becomes of longer ones: `error`, `drop` them, or `cut` them off.
     """
@@ -124,6 +127,9 @@ class DataSpec(Spec):
     train: str
     validation: str | Annotated[float, Field(gt=0, lt=1)] = 0.1
     test: str | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    columns: dict[Literal["text", "text_pair", "label", "prompt", "completion", "messages"], str] = Field(
+        default_factory=dict
+    )
     max_length: Annotated[int, Field(ge=2)] | None = None
     too_long: Literal["error", "drop", "cut"] = "error"
 

@@ -3,7 +3,7 @@
 Importing this package imports neither torch nor peft; they load when something here is used.
 """
 
-from llmevo.train.data import check_data
+from llmevo.train.rows import check_data
 from llmevo.train.trainer import Trained, Trainer
 
 __all__ = ["Trained", "Trainer", "check_data"]

@@ -1,12 +1,10 @@
-"""The examples of a training: read, checked, tokenised with the tokens to learn marked, split, and packed."""
+"""The examples of a training: split, tokenised with the tokens to learn marked, checked, and packed."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
 import numpy as np
@@ -14,29 +12,14 @@ import numpy.typing as npt
 
 from llmevo.errors import GenomeError
 from llmevo.genome.train import DataSpec
+from llmevo.train.example import Example as Example
+from llmevo.train.rows import Row, read
+from llmevo.train.tokenise import Kind, shorten, tokenise
 
 Part: TypeAlias = Literal["train", "validation", "test"]
 
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 _SPLIT_STREAM = 0x7261696E  # keeps the split's random numbers apart from others of the same seed
-_KINDS = ("messages", "prompt", "text")
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One tokenised example.
-
-    Args:
-        tokens: Token ids, shape (length,), at least two.
-        targets: Which of them are learnt, shape (length,); never the first, which nothing predicts.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    targets: npt.NDArray[np.bool_]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 @final
@@ -49,19 +32,21 @@ class Examples:
         dropped: Rows that were longer than `max_length` and dropped, by part.
         cut: Rows that were cut off there, by part.
         repeated: How many rows of the validation and test part are rows of the training part, too.
+        labels: The classes, by number; empty where nothing is classified.
     """
 
     parts: dict[Part, list[Example]]
     dropped: dict[Part, int]
     cut: dict[Part, int]
     repeated: dict[Part, int]
+    labels: list[str | int]
 
     def describe(self) -> dict[str, Any]:
         """Facts for the run's record, as JSON; `fingerprint` changes with any token."""
         digest = hashlib.sha256()
         for part in PARTS:
             for example in self.parts[part]:
-                digest.update(example.tokens.tobytes() + example.targets.tobytes() + b"|")
+                digest.update(_identity(example) + b"|")
             digest.update(part.encode())
         return {
             "examples": {part: len(examples) for part, examples in self.parts.items()},
@@ -73,31 +58,12 @@ class Examples:
             "dropped": self.dropped,
             "cut": self.cut,
             "repeated": self.repeated,
+            "labels": self.labels,
             "fingerprint": digest.hexdigest(),
         }
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row of a file, checked, with the place to name when something is wrong with it."""
-
-    where: str
-    kind: str
-    content: dict[str, Any]
-
-
-def check_data(spec: DataSpec) -> dict[str, int]:
-    """Read and check the files, without a tokenizer; return the number of rows of each.
-
-    Raises:
-        GenomeError: A file is not there, has no rows, or a row is not an example.
-    """
-    files = [spec.train, *(f for f in (spec.validation, spec.test) if isinstance(f, str))]
-    return {file: len(_read(Path(file))) for file in files}
-
-
-def load(spec: DataSpec, tokenizer: Any, context: int, seed: int) -> Examples:
+def load(spec: DataSpec, tokenizer: Any, context: int, seed: int, kind: Kind = "causal") -> Examples:
     """Read, split and tokenise the examples.
 
     Args:
@@ -105,6 +71,7 @@ def load(spec: DataSpec, tokenizer: Any, context: int, seed: int) -> Examples:
         tokenizer: The model's tokenizer.
         context: Most tokens that the model takes.
         seed: Of the split, where a part is a share of the training file.
+        kind: Of model.
 
     Raises:
         GenomeError: A file or row is wrong, a part is empty, or an example is too long.
@@ -114,25 +81,28 @@ def load(spec: DataSpec, tokenizer: Any, context: int, seed: int) -> Examples:
         raise GenomeError(
             f"`train.data.max_length` must be <= {context}, the model's context, but got {spec.max_length}."
         )
-    rows = _split(spec, seed)
+    rows = _split(spec, seed, kind if kind in ("classification", "regression") else "lm")
+    labels = _labels(rows) if kind == "classification" else []
     parts: dict[Part, list[Example]] = {}
     dropped: dict[Part, int] = {}
     cut: dict[Part, int] = {}
     for part in PARTS:
-        examples = [_tokenise(row, tokenizer) for row in rows[part]]
-        over = [index for index, example in enumerate(examples) if len(example) > longest]
+        examples = [tokenise(row, tokenizer, kind, labels) for row in rows[part]]
+        over = [index for index, example in enumerate(examples) if _width(example) > longest]
         if over and spec.too_long == "error":
-            worst = max(over, key=lambda index: len(examples[index]))
+            worst = max(over, key=lambda index: _width(examples[index]))
             raise GenomeError(
                 f"{rows[part][worst].where}: an example must have <= {longest} tokens, but it has "
-                f"{len(examples[worst])}, and {len(over)} of {len(examples)} in the {part} part are too "
+                f"{_width(examples[worst])}, and {len(over)} of {len(examples)} in the {part} part are too "
                 "long; shorten them, raise `train.data.max_length` up to the model's context, or set "
                 "`train.data.too_long` to drop or cut."
             )
-        kept = [_shorten(e, longest) if spec.too_long == "cut" else e for e in examples]
-        parts[part] = [e for e in kept if len(e) <= longest and e.targets.any()]
+        if spec.too_long == "cut":
+            for index in over:
+                examples[index] = shorten(examples[index], longest, tokenizer)
+        parts[part] = [e for e in examples if _width(e) <= longest and e.targets.any()]
         cut[part] = len(over) if spec.too_long == "cut" else 0
-        dropped[part] = len(kept) - len(parts[part])
+        dropped[part] = len(examples) - len(parts[part])
         if not parts[part]:
             raise GenomeError(
                 f"`train.data` must give the {part} part at least one example, but all {len(examples)} were "
@@ -140,25 +110,52 @@ def load(spec: DataSpec, tokenizer: Any, context: int, seed: int) -> Examples:
             )
     known = {_identity(e) for e in parts["train"]}
     repeated = {part: sum(_identity(e) in known for e in parts[part]) for part in PARTS[1:]}
-    return Examples(parts, dropped, cut, repeated)
+    return Examples(parts, dropped, cut, repeated, labels)
 
 
 def _identity(example: Example) -> bytes:
-    return example.tokens.tobytes() + example.targets.tobytes()
+    """Equal for examples that ask and teach the same."""
+    value = np.float64(example.value).tobytes() if example.value else b""
+    return example.tokens.tobytes() + example.targets.tobytes() + value
 
 
-def _shorten(example: Example, longest: int) -> Example:
-    return Example(example.tokens[:longest], example.targets[:longest])
+def _width(example: Example) -> int:
+    """The longest run of tokens that goes through the model at once."""
+    return max(example.border, len(example) - example.border)
 
 
-def _split(spec: DataSpec, seed: int) -> dict[Part, list[_Row]]:
-    rows = _read(Path(spec.train))
+def _labels(rows: dict[Part, list[Row]]) -> list[str | int]:
+    """The classes in order: whole numbers by size, names by the alphabet."""
+    found: dict[str | int, Row] = {}
+    for part in PARTS:
+        for row in rows[part]:
+            label = row.content["label"]
+            if part != "train" and label not in found:
+                raise GenomeError(
+                    f"{row.where}: its label must be one of the training part's, but {label!r} is not; add "
+                    "examples of it, or remove it."
+                )
+            found.setdefault(label, row)
+    kinds = {type(label) for label in found}
+    if len(kinds) > 1:
+        odd = next(row for label, row in found.items() if type(label) is not type(next(iter(found))))
+        raise GenomeError(f"{odd.where}: all labels must be texts or all whole numbers, but they are mixed.")
+    if len(found) < 2:
+        raise GenomeError(
+            f"`train.data` must have at least two labels to tell apart, but has only {next(iter(found))!r}; "
+            "add examples."
+        )
+    return sorted(found, key=lambda label: (str(label) if isinstance(label, str) else "", label))
+
+
+def _split(spec: DataSpec, seed: int, head: str) -> dict[Part, list[Row]]:
+    rows = read(spec.train, spec.columns, head)
     order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(len(rows)).tolist()
-    found: dict[Part, list[_Row]] = {}
+    found: dict[Part, list[Row]] = {}
     sources: list[tuple[Part, str | float]] = [("test", spec.test), ("validation", spec.validation)]
     for part, source in sources:
         if isinstance(source, str):
-            found[part] = _read(Path(source))
+            found[part] = read(source, spec.columns, head)
             continue
         count = max(round(source * len(rows)), 1)
         if count >= len(order):
@@ -171,146 +168,6 @@ def _split(spec: DataSpec, seed: int) -> dict[Part, list[_Row]]:
     # What is left for training keeps the file's order: each epoch shuffles it anyway.
     found["train"] = [rows[index] for index in sorted(order)]
     return found
-
-
-def _read(path: Path) -> list[_Row]:
-    if not path.is_file():
-        raise GenomeError(f"`train.data` must name files, but {str(path)!r} is not one; check the path.")
-    source = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
-    rows = [_check_row(where, content) for where, content in source]
-    if not rows:
-        raise GenomeError(f"`train.data` names {path}, which has no rows; add examples.")
-    kinds = sorted({row.kind for row in rows})
-    if len(kinds) > 1:
-        raise GenomeError(
-            f"{path}: all rows must be of one kind, but there are rows with {' and with '.join(kinds)}; "
-            "write them to files of their own."
-        )
-    return rows
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenomeError(f"{path}: it must be JSON lines in UTF-8, but cannot be read ({error}).") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            yield where, json.loads(line)
-        except ValueError as error:
-            raise GenomeError(f"{where}: it must be a JSON object, but is not ({error}).") from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise GenomeError(f"{path}: it must be a parquet file, but cannot be read ({reason}).") from None
-    for number, row in enumerate(rows):
-        # A column that some rows lack is null there.
-        yield f"{path}, row {number}", {key: value for key, value in row.items() if value is not None}
-
-
-def _check_row(where: str, content: Any) -> _Row:
-    kind = next((k for k in _KINDS if isinstance(content, dict) and k in content), None)
-    if kind is None:
-        keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise GenomeError(
-            f"{where}: an example must have `text`, `prompt` and `completion`, or `messages`, but got {keys}."
-        )
-    if kind == "messages":
-        _check_messages(where, content["messages"])
-        return _Row(where, kind, content)
-    for key in ("prompt", "completion") if kind == "prompt" else ("text",):
-        value = content.get(key)
-        if not isinstance(value, str) or not (value or key == "prompt"):
-            raise GenomeError(f"{where}: `{key}` must be a text that is not empty, but got {value!r}.")
-    return _Row(where, kind, content)
-
-
-def _check_messages(where: str, messages: Any) -> None:
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not good:
-        raise GenomeError(f"{where}: `messages` must be a list of `role` and `content`, both texts.")
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles[1:] or roles[0] == "assistant":
-        raise GenomeError(
-            f"{where}: `messages` must hold an assistant's turn after another's, but the roles are {roles}."
-        )
-
-
-def _tokenise(row: _Row, tokenizer: Any) -> Example:
-    if row.kind == "messages":
-        example = _chat(row, tokenizer)
-    else:
-        prompt = row.content["prompt"] if row.kind == "prompt" else ""
-        text = prompt + row.content["completion" if row.kind == "prompt" else "text"]
-        tokens = list(tokenizer(text).input_ids)
-        # The longest common beginning: a token that spans the border belongs to the completion.
-        known = _common(tokens, tokenizer(prompt).input_ids) if prompt else 0
-        end = tokenizer.eos_token_id
-        if end is not None and tokens[-1:] != [end]:
-            tokens.append(end)
-        example = _example(tokens, [(known, len(tokens))])
-    if not example.targets.any():
-        raise GenomeError(
-            f"{row.where}: it must have at least one token to learn after the first, but has "
-            f"{len(example)} tokens and none to learn; lengthen or remove it."
-        )
-    return example
-
-
-def _chat(row: _Row, tokenizer: Any) -> Example:
-    if not getattr(tokenizer, "chat_template", None):
-        raise GenomeError(
-            f"{row.where}: `messages` need a tokenizer with a chat template, but the model's has none; give "
-            "`prompt` and `completion`."
-        )
-    messages = row.content["messages"]
-
-    def render(count: int, answer: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=answer)
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    tokens = render(len(messages), False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(index, True), render(index + 1, False)
-        start, end = _common(tokens, before), _common(tokens, after)
-        # The last token of a turn may merge with what follows, so one may differ; more is another text.
-        if start < len(before) - 1 or end < len(after) - 1 or start >= end:
-            raise GenomeError(
-                f"{row.where}: turn {index} reads otherwise once later turns follow, as the chat template "
-                "rewrites earlier ones; give each answer as `prompt` and `completion`."
-            )
-        spans.append((start, end))
-    return _example(tokens, spans)
-
-
-def _example(tokens: Sequence[int], spans: Sequence[tuple[int, int]]) -> Example:
-    targets = np.zeros(len(tokens), dtype=bool)
-    for start, end in spans:
-        targets[start:end] = True
-    targets[:1] = False
-    return Example(np.array(tokens, dtype=np.int64), targets)
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

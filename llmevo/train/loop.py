@@ -165,7 +165,7 @@ class Training:
         import torch
 
         settings = self._settings
-        chosen = [self._cut(index, end) for index, end in self._steps[number]]
+        chosen = [self._examples[index].first(end) for index, end in self._steps[number]]
         count = sum(int(example.targets.sum()) for example in chosen)
         size = math.ceil(len(chosen) / settings.accumulation)
         total = 0.0
@@ -191,12 +191,6 @@ class Training:
         if settings.adapter == "adalora":
             self._adapter.tuner.update_and_allocate(number)
         self._optimizer.zero_grad(set_to_none=True)
-
-    def _cut(self, index: int, end: int) -> Example:
-        example = self._examples[index]
-        if end == len(example):
-            return example
-        return Example(example.tokens[:end], example.targets[:end])
 
     def _penalty(self) -> torch.Tensor | float:
         """AdaLoRA keeps its factors near orthonormal: the mean of `||P P^T - I||`, times its weight."""

@@ -1,0 +1,225 @@
+"""The rows of training data: read from files or by `datasets`, and checked, each with the place to name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from llmevo.errors import GenomeError
+from llmevo.genome.train import DataSpec
+
+_KINDS = ("messages", "prompt", "text")
+_FILES = (".jsonl", ".json", ".parquet")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row, checked.
+
+    Args:
+        where: The place to name when something is wrong with it.
+        kind: `messages`, `prompt`, `text`, or `label` for a head that is not a language model's.
+        content: Its columns.
+    """
+
+    where: str
+    kind: str
+    content: dict[str, Any]
+
+
+def check_data(spec: DataSpec, head: str = "lm") -> dict[str, int]:
+    """Read and check the data, without a tokenizer; return the number of rows of each source.
+
+    Args:
+        spec: The data.
+        head: `train.head`, which says what a row must have.
+
+    Raises:
+        GenomeError: A file is not there, has no rows, or a row is not an example.
+    """
+    sources = [spec.train, *(f for f in (spec.validation, spec.test) if isinstance(f, str))]
+    return {source: len(read(source, spec.columns, head)) for source in sources}
+
+
+def read(source: str, columns: Mapping[Any, str], head: str) -> list[Row]:
+    """The rows of a file, or of a data set for `datasets`.
+
+    Args:
+        source: A path, or `NAME[split]`; see `DataSpec`.
+        columns: From our names of columns to the source's.
+        head: `train.head`.
+
+    Raises:
+        GenomeError: See `check_data`.
+    """
+    path = Path(source)
+    if path.is_file():
+        found = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
+    elif path.suffix in _FILES:
+        raise GenomeError(f"`train.data` must name files, but {source!r} is not one; check the path.")
+    else:
+        found = _data_set(source)
+    check = _check_labelled if head != "lm" else _check_row
+    rows = [check(where, _renamed(where, content, columns), head) for where, content in found]
+    if not rows:
+        raise GenomeError(f"`train.data` names {source}, which has no rows; add examples.")
+    kinds = sorted({row.kind for row in rows})
+    if len(kinds) > 1:
+        raise GenomeError(
+            f"{source}: all rows must be of one kind, but there are rows with {' and with '.join(kinds)}; "
+            "write them to files of their own."
+        )
+    return rows
+
+
+def _renamed(where: str, content: Any, columns: Mapping[Any, str]) -> Any:
+    if not columns or not isinstance(content, dict):
+        return content
+    for ours, theirs in columns.items():
+        if theirs not in content and ours != "text_pair":
+            raise GenomeError(
+                f"{where}: `train.data.columns` takes {ours!r} from {theirs!r}, which is not there; it has "
+                f"{sorted(content)}."
+            )
+    taken = {ours: content[theirs] for ours, theirs in columns.items() if theirs in content}
+    return {**{key: content[key] for key in content if key not in columns.values()}, **taken}
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GenomeError(f"{path}: it must be JSON lines in UTF-8, but cannot be read ({error}).") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except ValueError as error:
+            raise GenomeError(f"{where}: it must be a JSON object, but is not ({error}).") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise GenomeError(f"{path}: it must be a parquet file, but cannot be read ({reason}).") from None
+    for number, row in enumerate(rows):
+        # A column that some rows lack is null there.
+        yield f"{path}, row {number}", _without_nulls(row)
+
+
+def _data_set(source: str) -> Iterator[tuple[str, Any]]:
+    """The rows of `NAME[split]`, a folder that `datasets` wrote or reads, or a name on the hub."""
+    import datasets
+
+    name, split = _named(source)
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
+    try:
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(name)
+            if isinstance(found, datasets.DatasetDict):
+                found = found[split]
+        else:
+            found = datasets.load_dataset(name, split=split)
+    except Exception as error:  # its own kinds, the hub's, pyarrow's, KeyError for a split
+        reason = " ".join(str(error).split())[:300]
+        raise GenomeError(
+            f"`train.data` must name a file, or what `datasets` reads as NAME or NAME[split], but "
+            f"{source!r} is neither ({type(error).__name__}: {reason}); check the path, the name and the "
+            "split."
+        ) from None
+    finally:
+        if bars:
+            datasets.enable_progress_bar()
+    names: dict[str, Callable[[int], str]] = {
+        column: feature.int2str
+        for column, feature in found.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    for number, row in enumerate(found):
+        # Test splits that keep their labels to themselves have -1.
+        named = {key: names[key](row[key]) for key in names if row[key] is not None and row[key] >= 0}
+        yield f"{source}, row {number}", _without_nulls({**row, **named})
+
+
+def _named(source: str) -> tuple[str, str]:
+    """`NAME[split]` apart; `train` is the split that is meant where none is named."""
+    name, bracket, rest = source.partition("[")
+    return (name, rest[:-1]) if bracket and rest.endswith("]") else (source, "train")
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _check_row(where: str, content: Any, head: str) -> Row:
+    kind = next((k for k in _KINDS if isinstance(content, dict) and k in content), None)
+    if kind is None:
+        raise GenomeError(
+            f"{where}: an example must have `text`, `prompt` and `completion`, or `messages`, but got "
+            f"{_keys(content)}."
+        )
+    if kind == "messages":
+        _check_messages(where, content["messages"])
+        return Row(where, kind, content)
+    for key in ("prompt", "completion") if kind == "prompt" else ("text",):
+        _check_text(where, content, key, may_be_empty=key == "prompt")
+    return Row(where, kind, content)
+
+
+def _check_labelled(where: str, content: Any, head: str) -> Row:
+    if not isinstance(content, dict) or "text" not in content or "label" not in content:
+        raise GenomeError(
+            f"{where}: with the head {head} an example must have `text` and `label`, but got "
+            f"{_keys(content)}."
+        )
+    _check_text(where, content, "text")
+    if "text_pair" in content:
+        _check_text(where, content, "text_pair")
+    label = content["label"]
+    number = isinstance(label, (int, float)) and not isinstance(label, bool)
+    if head == "regression" and not (number and math.isfinite(label)):
+        raise GenomeError(f"{where}: `label` must be a finite number, but got {label!r}.")
+    whole = isinstance(label, int) and (isinstance(label, bool) or label >= 0)
+    if head == "classification" and not (whole or (isinstance(label, str) and label)):
+        raise GenomeError(
+            f"{where}: `label` must be a text or a whole number >= 0, but got {label!r}; for numbers to be "
+            "predicted set `train.head: regression`."
+        )
+    return Row(where, "label", content)
+
+
+def _keys(content: Any) -> Any:
+    return sorted(content) if isinstance(content, dict) else type(content).__name__
+
+
+def _check_text(where: str, content: dict[str, Any], key: str, may_be_empty: bool = False) -> None:
+    value = content.get(key)
+    if not isinstance(value, str) or not (value or may_be_empty):
+        raise GenomeError(f"{where}: `{key}` must be a text that is not empty, but got {value!r}.")
+
+
+def _check_messages(where: str, messages: Any) -> None:
+    good = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not good:
+        raise GenomeError(f"{where}: `messages` must be a list of `role` and `content`, both texts.")
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles[1:] or roles[0] == "assistant":
+        raise GenomeError(
+            f"{where}: `messages` must hold an assistant's turn after another's, but the roles are {roles}."
+        )
