@@ -1,4 +1,4 @@
-"""The command line: `llmevo run`, `validate`, `status`, `show`, `best`, `export`, `report`, `replay`, `llm`.
+"""The command line: run, validate, status, show, best, export, report, replay, merge-adapters, llm.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 finished, 1 error, 2 usage or genome, 3 stopped
 early and resumable, 130 interrupted. Commands import what they need when they run, so that help is quick.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from llmevo.cli import model, replay
+from llmevo.cli import adapters, model, replay
 from llmevo.cli.output import say as _print
 from llmevo.cli.output import say_json as _print_json
 from llmevo.errors import GenomeError, LlmevoError, SpaceError, TrialError
@@ -36,6 +36,7 @@ app = typer.Typer(
 
 app.add_typer(model.app, name="llm")
 app.command()(replay.replay)
+app.command()(adapters.merge_adapters)
 
 GenomePath = Annotated[
     Path, typer.Argument(metavar="GENOME", help="The YAML file that says what to search.", show_default=False)
