@@ -72,7 +72,7 @@ class Fitness:
 
     @property
     def last(self) -> dict[str, int]:
-        """How many of lm-eval's items the last evaluation scored, and how many it had kept."""
+        """How many of lm-eval's items the last evaluation scored, and more; see `Evaluator.last`."""
         return {} if self._evaluator is None else dict(self._evaluator.last)
 
     def describe(self) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 from llmevo.errors import GenomeError, StageError
+from llmevo.evaluate.hardware import free_memory
 from llmevo.space import Params
 from llmevo.trial import Score
 from llmevo.trial import Split as Split
@@ -62,7 +61,8 @@ class Outcome:
         bytes: Bytes by stage, where a stage counts them.
         error: One line saying why the job failed.
         stage: The stage that failed.
-        items: How many items were `scored` now, and how many were `cached`.
+        items: How many items were `scored` now, how many were `cached`, and, if batches did not fit into the
+            accelerator's memory, how often they were `halved`.
     """
 
     number: int
@@ -182,7 +182,7 @@ class MergePipeline:
             return Outcome(
                 job.number, score, {**metrics, **training}, seconds, sizes, items=self._fitness.last
             )
-        _free_memory()
+        free_memory()
         return outcome
 
     def _candidate(self, job: Job, merged: dict[str, Any]) -> AbstractContextManager[Trained]:
@@ -217,11 +217,3 @@ def _reason(error: Exception, stage: str) -> tuple[str, str]:
         kind = "out of memory"
     text = " ".join(str(error).split())
     return stage, f"{stage}: {kind}{': ' if text else ''}{text}"[:_LONGEST_ERROR]
-
-
-def _free_memory() -> None:
-    """Give back what a failed stage left behind, so that the next job does not run out of memory too."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

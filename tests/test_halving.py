@@ -278,7 +278,8 @@ def test_a_failed_commit_of_a_rung_is_no_result(
 
 def test_what_was_loaded_and_what_is_cut_off_is_said_once(text: str, tmp_path: Path) -> None:
     def cut(job: Job) -> Outcome:
-        return replace(prefix(job), metrics={"t": {"acc,none": 0.5, "truncated,none": 0.2}})
+        items = {"scored": 4, "halved": 3} if (job.number, job.split) == (1, "search") else {"scored": 4}
+        return replace(prefix(job), metrics={"t": {"acc,none": 0.5, "truncated,none": 0.2}}, items=items)
 
     models = {"a": {"bytes": 3 * 2**28, "where": "cpu"}, "b": {"bytes": 2**30, "where": "file"}}
     memory = {"mode": "streamed", "device": "cpu", "models": models, "merged": 2**28, "available": 2**33}
@@ -296,6 +297,8 @@ def test_what_was_loaded_and_what_is_cut_off_is_said_once(text: str, tmp_path: P
     assert observer.notes.count(share) == 1
     rungs = "rungs: 4, 8, 16 of 30 items, after each of which one trial in 2 goes on"
     assert observer.notes.count(rungs) == 1
+    shrunk = [note for note in observer.notes if "out of memory" in note]
+    assert shrunk == ["trial 1: out of memory; batches were halved 3 times and stay so"]
     said = [note for note in observer.notes if "cut off" in note]
     assert said == [
         "t: 20% of trial 0's answers were cut off at the longest allowed length (max_gen_toks) before they "

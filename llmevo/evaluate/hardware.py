@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -66,6 +68,14 @@ def dtype(spec: EvaluateSpec, on: torch.device) -> torch.dtype:
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
+
+
+def free_memory() -> None:
+    """Give back what a failed pass left behind, so that the next does not run out of memory too."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _gain() -> float:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias, final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar, final
 
 import lm_eval
 import torch
@@ -18,11 +18,13 @@ from lm_eval.models.huggingface import HFLM
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llmevo.evaluate.attention import NotPackable
+from llmevo.evaluate.hardware import free_memory
 from llmevo.evaluate.packed import PackedModel
 from llmevo.evaluate.packing import Packing
 
 Tokens: TypeAlias = tuple[Any, list[int], list[int]]
 """A request as `_loglikelihood_tokens` takes it: anything, the context, the continuation."""
+_Answers = TypeVar("_Answers")
 
 # How far packed and plain log-probabilities of one token may be apart; lm-eval takes the log-softmax of a
 # half-precision model in half precision, which alone moves them by a few hundredths.
@@ -46,6 +48,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         super().__init__(**options)
         self._reference = reference
         self._rows: list[bool] = []
+        self._halved = 0
         self.why_not: str | None = "`evaluate.reference` is true" if reference else None
         self._packed: PackedModel | None = None
         if not reference:
@@ -70,7 +73,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         except Exception as error:  # whatever a model's own code says to packed tokens
             self._give_up(" ".join(f"{type(error).__name__}: {error}".split()))
             return
-        own = super()._loglikelihood_tokens(list(requests), disable_tqdm=True)
+        own = self._plain(list(requests), disable_tqdm=True)
         allowed = _ALLOWED if self.model.dtype == torch.float32 else _ALLOWED_HALF
         for request, (mine, _), (theirs, _) in zip(requests, packed, own, strict=True):
             if not abs(mine - theirs) <= allowed * len(request[2]):
@@ -107,10 +110,36 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         packing = self.pack(requests) if requests else None
         if packing is not None:
             return self.answer(packing)
-        answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(
-            requests, disable_tqdm=disable_tqdm, override_bs=override_bs
-        )
+        return self._plain(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+
+    def _plain(self, requests: list[Tokens], **options: Any) -> list[tuple[float, bool]]:
+        """HFLM's own."""
+        ask = super()._loglikelihood_tokens
+        answers: list[tuple[float, bool]] = self._fitting(lambda: ask(requests, **options))
         return answers
+
+    def _fitting(self, ask: Callable[[], _Answers]) -> _Answers:
+        """What `ask` returns; while the accelerator's memory is too small, half of HFLM's batch size.
+
+        Raises:
+            torch.OutOfMemoryError: It does not suffice for a batch of one.
+        """
+        before = self.batch_size
+        while True:
+            try:
+                return ask()
+            except torch.OutOfMemoryError:
+                if self.batch_size < 2:
+                    self.batch_size_per_gpu = before  # smaller batches do not help
+                    raise
+            self.batch_size_per_gpu = self.batch_size // 2
+            self._halved += 1
+            free_memory()
+
+    @property
+    def halved(self) -> int:
+        """How often batches were halved since one did not fit into the accelerator's memory."""
+        return self._halved + (0 if self._packed is None else self._packed.halved)
 
     def settings(self) -> str:
         """What answers depend on beside weights and requests, as one line."""
@@ -131,6 +160,9 @@ class ResidentLM(HFLM):  # type: ignore[misc]
 
     def generate(self, instances: Sequence[Any]) -> tuple[list[str], list[bool]]:
         """`generate_until`, and for each answer whether it ran into `max_gen_toks` without a stop."""
+        return self._fitting(lambda: self._generate(instances))
+
+    def _generate(self, instances: Sequence[Any]) -> tuple[list[str], list[bool]]:
         self._rows.clear()
         hook = _Order()
         self.set_cache_hook(hook)

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from llmevo.errors import StageError
 from llmevo.evaluate.attention import Layout, NotPackable, laid_out, packed_attention
+from llmevo.evaluate.hardware import free_memory
 from llmevo.evaluate.packing import Batch, Limits, Packing, pack
 from llmevo.evaluate.trie import Costs
 
@@ -36,6 +38,9 @@ class PackedModel:
         model: A decoder of transformers; its weights may change.
         longest: Tokens of the longest input.
 
+    Attributes:
+        halved: How often batches were made smaller since one did not fit into the accelerator's memory.
+
     Raises:
         NotPackable: The model's configuration says that it cannot be done.
     """
@@ -50,6 +55,7 @@ class PackedModel:
         self._costs = Costs(_pair_cost(model), group)
         self._window = _window(model)
         self._layers = int(text.num_hidden_layers)
+        self.halved = 0
 
     def settings(self) -> list[float]:
         """What batches follow from, beside the requests."""
@@ -72,22 +78,49 @@ class PackedModel:
     def answer(self, packing: Packing) -> list[tuple[float, bool]]:
         """The log-likelihood of each request's continuation, and whether greedy decoding would give it.
 
+        Where the accelerator's memory does not suffice, batches are halved, for all that follow too.
+
         Raises:
             NotPackable: A layer asks for an attention that is not done here.
+            StageError: The memory does not suffice for a single row.
         """
         device = self._model.device
         values = torch.empty(packing.pairs, dtype=torch.float32, device=device)
         greedy = torch.empty(packing.pairs, dtype=torch.bool, device=device)
+        before = self._limits
+        packing.fit(before)
+        while (large := self._sweep(packing, values, greedy)) is not None:
+            if large.height < 2:
+                self._limits = before  # whatever fills the memory, smaller batches do not help
+                raise StageError(
+                    "evaluate",
+                    f"out of memory with one row of {len(large.tokens)} tokens, which cannot be halved; "
+                    "lower `evaluate.max_length`, or take a smaller `evaluate.dtype`.",
+                )
+            self._limits = Limits(
+                max(1, min(self._limits.tokens, len(large.tokens)) // 2),
+                max(1, min(self._limits.logits, len(large.logits)) // 2),
+            )
+            self.halved += 1
+            free_memory()
+            packing.fit(self._limits)
+        sums = np.add.reduceat(values.cpu().numpy().astype(np.float64), packing.first)
+        alls = np.logical_and.reduceat(greedy.cpu().numpy(), packing.first)
+        return list(zip(sums.tolist(), alls.tolist(), strict=True))
+
+    def _sweep(self, packing: Packing, values: torch.Tensor, greedy: torch.Tensor) -> Batch | None:
+        """Run the batches and fill in what their pairs get; returns the first that does not fit, if any."""
         kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         with torch.inference_mode(), packed_attention(self._model):
             for batch in packing.batches:
                 if batch.computes_prefix or not batch.start:
                     kept = {}
-                slots = torch.from_numpy(batch.slots).to(device)
-                values[slots], greedy[slots] = self._run(batch, packing.longest, kept)
-        sums = np.add.reduceat(values.cpu().numpy().astype(np.float64), packing.first)
-        alls = np.logical_and.reduceat(greedy.cpu().numpy(), packing.first)
-        return list(zip(sums.tolist(), alls.tolist(), strict=True))
+                slots = torch.from_numpy(batch.slots).to(values.device)
+                try:
+                    values[slots], greedy[slots] = self._run(batch, packing.longest, kept)
+                except torch.OutOfMemoryError:
+                    return batch
+        return None
 
     def _run(
         self, batch: Batch, longest: int, kept: dict[int, tuple[torch.Tensor, torch.Tensor]]

@@ -83,13 +83,22 @@ class Batch:
     targets: _Ints
     slots: _Ints
 
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return sum(len(bucket.gather) for bucket in self.buckets)
+
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Packing:
-    """All batches of a set of requests.
+    """All batches of a set of requests; `pack` makes it.
 
     Args:
+        requests: What is answered.
+        room: The model's longest input.
+        costs: What is worth sharing.
+        limits: Size of a batch.
         batches: In the order in which they are to run.
         first: Index of each request's first (position, target) pair; its pairs follow one another.
         pairs: How many pairs there are.
@@ -98,12 +107,23 @@ class Packing:
         computed: Tokens of all batches.
     """
 
+    requests: Sequence[Request]
+    room: int
+    costs: Costs
+    limits: Limits
     batches: list[Batch]
     first: _Ints
     pairs: int
     longest: int
     tokens: int
     computed: int
+
+    def fit(self, limits: Limits) -> None:
+        """Lay the requests out in batches of another size; what they share stays the same."""
+        if limits != self.limits:
+            inputs = _inputs(self.requests, self.room)
+            self.batches = _lay_out(self.requests, inputs, self.first, self.costs, limits)
+            self.limits = limits
 
 
 def pack(requests: Sequence[Request], longest: int, costs: Costs, limits: Limits) -> Packing:
@@ -116,16 +136,15 @@ def pack(requests: Sequence[Request], longest: int, costs: Costs, limits: Limits
         costs: What is worth sharing.
         limits: Size of a batch.
     """
-    inputs = [tuple([*context, *continuation][-(longest + 1) : -1]) for context, continuation in requests]
-    trie = Trie(inputs)
+    inputs = _inputs(requests, longest)
     lengths = np.array([len(continuation) for _, continuation in requests], dtype=np.int64)
     first = np.cumsum(lengths) - lengths
-    ending: dict[int, list[_Asked]] = {}
-    for leaf, (_, continuation), slot in zip(trie.leaf, requests, first.tolist(), strict=True):
-        asked = _Asked(trie.end[leaf] - len(continuation), continuation, slot)
-        ending.setdefault(leaf, []).append(asked)
-    batches = [batch for group in divide(trie, costs) for batch in _batches(trie, group, ending, limits)]
+    batches = _lay_out(requests, inputs, first, costs, limits)
     return Packing(
+        requests,
+        longest,
+        costs,
+        limits,
         batches,
         first,
         int(lengths.sum()),
@@ -133,6 +152,26 @@ def pack(requests: Sequence[Request], longest: int, costs: Costs, limits: Limits
         sum(map(len, inputs)),
         sum(len(batch.tokens) for batch in batches),
     )
+
+
+def _inputs(requests: Sequence[Request], longest: int) -> list[tuple[int, ...]]:
+    """What goes through the model for each request, were it alone."""
+    return [tuple([*context, *continuation][-(longest + 1) : -1]) for context, continuation in requests]
+
+
+def _lay_out(
+    requests: Sequence[Request],
+    inputs: Sequence[tuple[int, ...]],
+    first: _Ints,
+    costs: Costs,
+    limits: Limits,
+) -> list[Batch]:
+    trie = Trie(inputs)
+    ending: dict[int, list[_Asked]] = {}
+    for leaf, (_, continuation), slot in zip(trie.leaf, requests, first.tolist(), strict=True):
+        asked = _Asked(trie.end[leaf] - len(continuation), continuation, slot)
+        ending.setdefault(leaf, []).append(asked)
+    return [batch for group in divide(trie, costs) for batch in _batches(trie, group, ending, limits)]
 
 
 @final

@@ -52,7 +52,8 @@ class Evaluator:
         cache: Where answers are kept beyond this process; None for nowhere.
 
     Attributes:
-        last: How many items the last evaluation `scored`, and how many it had `cached`.
+        last: How many items the last evaluation `scored`, how many it had `cached`, and, if the accelerator's
+            memory was too small, how often batches were `halved`; they stay smaller.
 
     Raises:
         GenomeError: A task cannot be loaded or lacks the metric, or the tokenizer lacks a chat template.
@@ -120,10 +121,13 @@ class Evaluator:
                 "evaluate", f"no items are in the split {split!r}; `evaluate.holdout` must be > 0."
             )
         self.last = {"scored": 0, "cached": 0}
+        halved = self._lm.halved
         with quiet():
             for segment in segments:
                 asked = self._answers.give(segment, weights)
                 self.last["scored" if asked else "cached"] += segment.items
+            if self._lm.halved > halved:
+                self.last["halved"] = self._lm.halved - halved
             raw = {
                 name: self._raw(name, [row for segment in segments for row in segment.documents[name]])
                 for name in self._plan.tasks

@@ -330,6 +330,11 @@ class _Sitting:
                 self.genome.evaluate.finalists,
             )
         self.observer.finished(told, best)
+        halved = told.cost.get("items", {}).get("halved")
+        if halved:
+            self.observer.note(
+                f"trial {told.number}: out of memory; batches were halved {halved} times and stay so"
+            )
         for task, share in truncated(told.metrics).items():
             if share > TRUNCATED and task not in self._cut:
                 self._cut.add(task)
