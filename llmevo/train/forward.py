@@ -57,7 +57,7 @@ class Forward:
         try:
             with torch.inference_mode():
                 batch = lay_out(examples, self.packed, sum(map(len, examples)))
-                found = self._losses(batch)
+                found = self.nll(batch)
         except (TypeError, ValueError, AttributeError, RuntimeError):
             if not (self.packed or self.partial):
                 raise  # the plain way must work
@@ -74,9 +74,10 @@ class Forward:
             float32, shape (targets,), with gradients where they are on; and shape (targets,).
         """
         batch = lay_out(examples, self.packed)
-        return self._losses(batch), batch.owners
+        return self.nll(batch), batch.owners
 
-    def _losses(self, batch: Batch) -> torch.Tensor:
+    def nll(self, batch: Batch) -> torch.Tensor:
+        """The negative log-likelihood of each target of a laid out batch, float32, shape (targets,)."""
         import torch
         from torch.utils.checkpoint import checkpoint
 

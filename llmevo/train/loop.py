@@ -75,6 +75,31 @@ def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
     return settings.learning_rate * factor
 
 
+def check(losses: Sequence[float], settings: TrainSettings, steps: int) -> None:
+    """Stop a training that has gone wrong.
+
+    Args:
+        losses: Of the steps that are done.
+        settings: The hyperparameters.
+        steps: How many there are.
+
+    Raises:
+        StageError: The last loss is not finite, or the late ones are far above the first.
+    """
+    step, remedy = len(losses) - 1, "lower `train.learning_rate`"
+    if not math.isfinite(losses[-1]):
+        raise StageError("train", f"the loss is not finite in step {step + 1} of {steps}: {remedy}")
+    first = losses[: math.ceil(_FIRST / settings.batch_size)]
+    if step < max(len(first), math.ceil(settings.warmup * steps)):
+        return
+    smooth, start = mean_of_late(losses), sum(first) / len(first)
+    if smooth > _DIVERGED * start:
+        raise StageError(
+            "train",
+            f"the loss diverged from {start:.3g} to {smooth:.3g} in step {step + 1} of {steps}: {remedy}",
+        )
+
+
 @final
 class Training:
     """One candidate's training.
@@ -89,6 +114,7 @@ class Training:
 
     Attributes:
         losses: The mean loss over the targets of each step that is done, in nats.
+        optimizer: AdamW over the adapter's parameters.
     """
 
     def __init__(
@@ -115,7 +141,7 @@ class Training:
         ]
         if settings.adapter != "loraplus":  # one group is one call of the fused kernels
             groups = [{"params": list(self._parameters.values()), "scale": 1.0}]
-        self._optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.losses: list[float] = []
@@ -140,7 +166,7 @@ class Training:
         devices = [model.device] if model.device.type == "cuda" else []
         saved = time.monotonic()
         if settings.checkpointing:
-            _checkpointing(model, True)
+            checkpointing(model, True)
         model.train()
         try:
             with torch.random.fork_rng(devices=devices):
@@ -148,7 +174,7 @@ class Training:
                     # Dropout follows from the step, so that a training that goes on needs no random state.
                     torch.manual_seed((self._seed << 32) + step)
                     self._step(step)
-                    self._check(step)
+                    check(self.losses, settings, len(self._steps))
                     if tick is not None:
                         tick(step)
                     if state is not None and time.monotonic() - saved > _SAVE_EVERY:
@@ -157,7 +183,7 @@ class Training:
         finally:
             model.eval()
             if settings.checkpointing:
-                _checkpointing(model, False)
+                checkpointing(model, False)
         if state is not None:
             state.unlink(missing_ok=True)
 
@@ -185,12 +211,12 @@ class Training:
         if settings.clip > 0:
             torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), settings.clip)
         rate = learning_rate(settings, number, len(self._steps))
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        self._optimizer.step()
+        self.optimizer.step()
         if settings.adapter == "adalora":
             self._adapter.tuner.update_and_allocate(number)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _penalty(self) -> torch.Tensor | float:
         """AdaLoRA keeps its factors near orthonormal: the mean of `||P P^T - I||`, times its weight."""
@@ -206,24 +232,6 @@ class Training:
         weight: float = self._adapter.tuner.peft_config[self._adapter.name].orth_reg_weight
         return weight * torch.stack(terms).mean()
 
-    def _check(self, step: int) -> None:
-        loss = self.losses[-1]
-        remedy = "lower `train.learning_rate`"
-        if not math.isfinite(loss):
-            raise StageError(
-                "train", f"the loss is not finite in step {step + 1} of {len(self._steps)}: {remedy}"
-            )
-        first = self.losses[: math.ceil(_FIRST / self._settings.batch_size)]
-        if step < max(len(first), math.ceil(self._settings.warmup * len(self._steps))):
-            return
-        smooth = mean_of_late(self.losses)
-        if smooth > _DIVERGED * sum(first) / len(first):
-            raise StageError(
-                "train",
-                f"the loss diverged from {sum(first) / len(first):.3g} to {smooth:.3g} in step {step + 1} of "
-                f"{len(self._steps)}: {remedy}",
-            )
-
     def save(self, path: Path) -> None:
         """Write the state, atomically: weights, AdamW's moments and the losses so far, as safetensors."""
         from safetensors.torch import save_file
@@ -231,7 +239,7 @@ class Training:
         tensors = {}
         for name, parameter in self._parameters.items():
             tensors[f"weight/{name}"] = parameter.detach()
-            for key, value in self._optimizer.state[parameter].items():
+            for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +270,7 @@ class Training:
             kind, _, name = key.partition("/")
             parameter = self._parameters[name]
             device = tensor.device if kind == "step" else parameter.device  # AdamW counts on the CPU
-            self._optimizer.state[parameter][kind] = tensor.to(device)
+            self.optimizer.state[parameter][kind] = tensor.to(device)
         self.losses = json.loads(facts["losses"])
         return True
 
@@ -271,7 +279,7 @@ class Training:
         return json.dumps([asdict(self._settings), self._seed, self._steps, shapes])
 
 
-def _checkpointing(model: Any, enable: bool) -> None:
+def checkpointing(model: Any, enable: bool) -> None:
     """Switch the recomputation of activations on or off."""
     # Version 5 of transformers warns of the old name, and its first releases lack the new one.
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"

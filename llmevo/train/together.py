@@ -1,0 +1,195 @@
+"""Several candidates trained at once: each as it would be alone, on the rows that are its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from llmevo.errors import StageError
+from llmevo.genome.train import TrainSettings
+from llmevo.train.data import Batch, Example, lay_out
+from llmevo.train.forward import Forward
+from llmevo.train.loop import Step, check, checkpointing, learning_rate
+from llmevo.train.stack import Stack, State
+
+_IDLE = Example(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool))
+_PLAIN = ("lora", "rslora", "loraplus", "lorafa")
+
+
+def stackable(settings: TrainSettings) -> bool:
+    """Whether these settings train the same in a stack as alone: a plain BA, and nothing random."""
+    return settings.adapter in _PLAIN and settings.dropout == 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One of those that are trained together.
+
+    Args:
+        settings: Its hyperparameters; `stackable`.
+        steps: From `loop.plan`.
+        state: Where it begins; the first step is the one after its losses.
+    """
+
+    settings: TrainSettings
+    steps: list[Step]
+    state: State
+
+
+@final
+class Together:
+    """The training of several candidates on the resident model.
+
+    Args:
+        model: The resident model.
+        forward: Its forward pass.
+        examples: To learn from.
+        candidates: At least one.
+
+    Attributes:
+        losses: Of each candidate, the mean loss over the targets of each of its steps that is done, in nats.
+        errors: Of each candidate, why it was stopped; None if it was not.
+    """
+
+    def __init__(
+        self, model: Any, forward: Forward, examples: Sequence[Example], candidates: Sequence[Candidate]
+    ) -> None:
+        self._model, self._forward, self._examples = model, forward, examples
+        self._candidates = list(candidates)
+        self._states = [candidate.state for candidate in candidates]
+        self.losses = [list(state.losses) for state in self._states]
+        self.errors: list[StageError | None] = [None] * len(self._states)
+
+    def state(self, index: int) -> State:
+        """A candidate's state between two calls of `run`."""
+        return self._states[index]
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Go on with these candidates only, in this order."""
+        for name in ("_candidates", "_states", "losses", "errors"):
+            setattr(self, name, [getattr(self, name)[index] for index in indices])
+
+    def run(
+        self, until: Sequence[int] | None = None, tick: Callable[[Sequence[int]], None] | None = None
+    ) -> None:
+        """Train.
+
+        A candidate that is at its end or stopped leaves the stack, and the others go on.
+
+        Args:
+            until: For each candidate, the number of steps after which it pauses; None for all of its plan.
+            tick: Called after each step with the indices of the candidates that made it.
+        """
+        ends = [len(c.steps) for c in self._candidates] if until is None else list(until)
+        remade = any(candidate.settings.checkpointing for candidate in self._candidates)
+        with ExitStack() as after:
+            if remade:
+                checkpointing(self._model, True)
+                after.callback(checkpointing, self._model, False)
+            after.callback(self._model.eval)
+            while active := self._unfinished(ends):
+                self._run(active, ends, tick)
+
+    def _unfinished(self, ends: Sequence[int]) -> list[int]:
+        return [
+            index
+            for index, end in enumerate(ends)
+            if self.errors[index] is None and len(self.losses[index]) < end
+        ]
+
+    def _run(
+        self, active: list[int], ends: Sequence[int], tick: Callable[[Sequence[int]], None] | None
+    ) -> None:
+        """Train these until one of them leaves."""
+        chosen = [self._candidates[index].settings for index in active]
+        stack = Stack(
+            [self._states[index] for index in active],
+            [_ratios(settings) for settings in chosen],
+            [settings.weight_decay for settings in chosen],
+        )
+        with stack.on(self._model):
+            self._model.train()
+            while self._unfinished(ends) == active:
+                self._step(stack, active)
+                if tick is not None:
+                    tick(active)
+        for row, index in enumerate(active):
+            self._states[index] = stack.state(row, self.losses[index])
+
+    def _step(self, stack: Stack, active: Sequence[int]) -> None:
+        """The next step of each, over as many parts as the one with the most asks for."""
+        batches, counts = [], []
+        for index in active:
+            candidate = self._candidates[index]
+            step = candidate.steps[len(self.losses[index])]
+            batches.append([self._examples[at].first(end) for at, end in step])
+            counts.append(sum(int(example.targets.sum()) for example in batches[-1]))
+        parts = max(self._candidates[index].settings.accumulation for index in active)
+        totals = np.zeros(len(active))
+        stack.zero_gradients()
+        for part in range(parts):
+            taken = [batch[part::parts] for batch in batches]
+            if not any(example.targets.any() for examples in taken for example in examples):
+                continue
+            means = self._sums(stack, taken) / torch.tensor(counts, device=self._model.device)
+            totals += means.detach().double().cpu().numpy()
+            good = torch.from_numpy(np.isfinite(totals)).to(means.device)
+            # A sum: what is left out of it, for not being finite, has no gradients and gives the others none.
+            means[good].sum().backward()  # type: ignore[no-untyped-call]
+        for row, index in enumerate(active):
+            self._close(stack, row, index, float(totals[row]))
+
+    def _sums(self, stack: Stack, taken: Sequence[Sequence[Example]]) -> torch.Tensor:
+        """The sum of each candidate's losses, shape (candidates,)."""
+        width = max(len(example) for examples in taken for example in examples)
+        # A candidate without examples has a row all the same.
+        laid = [lay_out(examples or [_IDLE], self._forward.packed, width) for examples in taken]
+        stack.rows.set([len(batch.tokens) for batch in laid], self._model.device)
+        losses = self._forward.nll(side_by_side(laid, width))
+        return torch.stack(
+            [part.sum() for part in torch.split(losses, [len(batch.labels) for batch in laid])]
+        )
+
+    def _close(self, stack: Stack, row: int, index: int, loss: float) -> None:
+        """One candidate's optimizer step, or its end."""
+        candidate, losses = self._candidates[index], self.losses[index]
+        losses.append(loss)
+        if math.isfinite(loss):
+            rate = learning_rate(candidate.settings, len(losses) - 1, len(candidate.steps))
+            stack.step(row, rate, candidate.settings.clip)
+        try:
+            check(losses, candidate.settings, len(candidate.steps))
+        except StageError as error:
+            self.errors[index] = error
+
+
+def _ratios(settings: TrainSettings) -> tuple[float, float]:
+    """By what the learning rates of A and of B are multiplied."""
+    if settings.adapter == "lorafa":
+        return 0.0, 1.0
+    return 1.0, settings.loraplus_ratio if settings.adapter == "loraplus" else 1.0
+
+
+def side_by_side(batches: Sequence[Batch], width: int) -> Batch:
+    """One batch of the rows of several, filled up to `width`; owners count through."""
+    tokens, positions, sources, owners = [], [], [], []
+    rows = examples = 0
+    for batch in batches:
+        count, own = batch.tokens.shape
+        fill = np.arange(width - own)
+        tokens.append(np.pad(batch.tokens, ((0, 0), (0, width - own))))
+        positions.append(np.concatenate([batch.positions, np.tile(fill, (count, 1))], axis=1))
+        row, column = np.divmod(batch.sources, own)
+        sources.append((rows + row) * width + column)
+        owners.append(examples + batch.owners)
+        rows, examples = rows + count, examples + int(batch.owners.max(initial=-1)) + 1
+    labels = np.concatenate([batch.labels for batch in batches])
+    laid, places = np.concatenate(tokens), np.concatenate(positions)
+    return Batch(laid, places, np.concatenate(sources), labels, np.concatenate(owners))
