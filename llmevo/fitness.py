@@ -22,6 +22,9 @@ class Fitness:
         genome: The tasks, and the direction of the search.
         evaluator: Of the tasks that are lm-eval's; None if there are none.
         trainer: Has the examples of `validation_loss`; None if nothing is trained.
+
+    Attributes:
+        last: How many of lm-eval's items the last evaluation `scored`, and how many it had `cached`.
     """
 
     def __init__(self, genome: Genome, evaluator: Evaluator | None, trainer: Trainer | None) -> None:
@@ -29,9 +32,10 @@ class Fitness:
 
         self._evaluator, self._trainer = evaluator, trainer
         self._direction = genome.search.direction
+        self.last: dict[str, int] = {}
         own = next((task for task in genome.tasks if task.name == VALIDATION_LOSS), None)
         self._weight = None if own is None else abs(own.weight)
-        self._sign = 0 if own is None else sign(own.weight, False, self._direction)
+        self._sign = sign(1.0 if own is None else own.weight, False, self._direction)
 
     def evaluate(
         self, split: Split, *, rung: int | None = None, weights: str | None = None
@@ -39,12 +43,17 @@ class Fitness:
         """Score the resident model; see `Evaluator.evaluate`.
 
         The loss is that of the validation examples for the search, and of the test examples for the holdout.
+        On a rung of a search that trains it is the whole score, whatever the tasks are: it says early which
+        training is the better one, and the accuracy on a few items does not.
         """
+        self.last = {}
         score: Score | None = None
         metrics: dict[str, dict[str, float]] = {}
-        if self._evaluator is not None:
+        alone = self._trainer is not None and rung is not None
+        if self._evaluator is not None and not alone:
             score, metrics = self._evaluator.evaluate(split, rung=rung, weights=weights)
-        if self._weight is None or self._trainer is None:
+            self.last = dict(self._evaluator.last)
+        if self._trainer is None or (self._weight is None and not alone):
             assert score is not None
             return score, metrics
         losses = self._trainer.losses("validation" if split == "search" else "test")
@@ -52,11 +61,9 @@ class Fitness:
         metrics = {**metrics, VALIDATION_LOSS: {NLL: mean}}
         # Less is better in either direction, and items are signed so that more is.
         items = {VALIDATION_LOSS: [-loss for loss in losses]}
-        error = standard_error(losses)
-        value, squared = (
-            self._sign * self._weight * mean,
-            None if error is None else (self._weight * error) ** 2,
-        )
+        error, weight = standard_error(losses), 1.0 if self._weight is None else self._weight
+        value = self._sign * weight * mean
+        squared = None if error is None else (weight * error) ** 2
         if score is not None:
             value += score.value
             items = {**{task: list(values) for task, values in score.items.items()}, **items}
@@ -70,19 +77,15 @@ class Fitness:
             return False
         return self._evaluator.known(split, rung, weights)
 
-    @property
-    def last(self) -> dict[str, int]:
-        """How many of lm-eval's items the last evaluation scored, and more; see `Evaluator.last`."""
-        return {} if self._evaluator is None else dict(self._evaluator.last)
-
     def describe(self) -> dict[str, Any]:
-        """`Evaluator.describe()` with the loss among items, weights and signs, and `train`: its own facts."""
+        """`Evaluator.describe()` with the loss among its facts, and `train` and `shares`: the trainer's."""
         facts: dict[str, Any] = {"items": {}, "weights": {}, "signs": {}, "fingerprint": ""}
         if self._evaluator is not None:
             facts = self._evaluator.describe()
         if self._trainer is None:
             return facts
         facts["train"] = self._trainer.describe()
+        facts["shares"] = list(self._trainer.shares)
         known = facts["train"]["fingerprint"]
         facts["fingerprint"] = hashlib.sha256(f"{facts['fingerprint']} {known}".encode()).hexdigest()
         if self._weight is not None:

@@ -35,7 +35,8 @@ class Job:
         split: Which of the run's items to score.
         recipe: A mergekit configuration to evaluate instead of the params' own, for parents, the uniform
             merge and warm starts.
-        rung: Score only the items up to this rung, an index into `describe()["rungs"]`; None for all.
+        rung: Score only the items up to this rung, an index into `describe()["rungs"]`; in a run that trains,
+            train up to this share, an index into `describe()["shares"]`, and score its loss. None for all.
         exact: Merge with mergekit's own arithmetic, whatever `merge.mode` says.
     """
 
@@ -63,6 +64,7 @@ class Outcome:
         stage: The stage that failed.
         items: How many items were `scored` now, how many were `cached`, and, if batches did not fit into the
             accelerator's memory, how often they were `halved`.
+        tokens: On how many the candidate has been trained, by earlier jobs too.
     """
 
     number: int
@@ -73,6 +75,7 @@ class Outcome:
     error: str | None = None
     stage: str | None = None
     items: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
 
 
 class Pipeline(Protocol):
@@ -147,7 +150,13 @@ class MergePipeline:
             return None
         from llmevo.train import Trainer
 
-        return Trainer(genome.train, self._merger.model, self._merger.tokenizer, seed=genome.search.seed)
+        return Trainer(
+            genome.train,
+            self._merger.model,
+            self._merger.tokenizer,
+            seed=genome.search.seed,
+            halving=genome.search.halving,
+        )
 
     def run(self, job: Job) -> Outcome:
         """Merge, train and evaluate; a failure is an Outcome with `error`, never an exception.
@@ -158,6 +167,8 @@ class MergePipeline:
         sizes: dict[str, int] = {}
         training: dict[str, dict[str, float]] = {}
         stage = "merge"
+        if self._trainer is not None:
+            self._trainer.reached = 0
         try:
             with ExitStack() as on_the_model:
                 with _timed(seconds, stage):
@@ -171,26 +182,36 @@ class MergePipeline:
                     stage = "train"
                     with _timed(seconds, stage):
                         trained = on_the_model.enter_context(self._candidate(job, merged))
-                    sizes[stage], training = trained.bytes, {stage: trained.metrics}
+                    training = {stage: trained.metrics}
+                    if trained.bytes:  # it came to its end
+                        sizes[stage] = trained.bytes
                 stage = "evaluate"
                 with _timed(seconds, stage):
                     score, metrics = self._fitness.evaluate(job.split, rung=job.rung, weights=weights)
         except Exception as error:  # a trial's failure is data, whatever it is
             failed, reason = _reason(error, stage)
-            outcome = Outcome(job.number, seconds=seconds, bytes=sizes, error=reason, stage=failed)
-        else:
-            return Outcome(
-                job.number, score, {**metrics, **training}, seconds, sizes, items=self._fitness.last
+            outcome = Outcome(
+                job.number, seconds=seconds, bytes=sizes, error=reason, stage=failed, tokens=self._tokens
             )
+        else:
+            found = {**metrics, **training}
+            items, tokens = self._fitness.last, self._tokens
+            return Outcome(job.number, score, found, seconds, sizes, items=items, tokens=tokens)
         free_memory()
         return outcome
+
+    @property
+    def _tokens(self) -> int:
+        """On how many the latest job's candidate was trained."""
+        return 0 if self._trainer is None else self._trainer.reached
 
     def _candidate(self, job: Job, merged: dict[str, Any]) -> AbstractContextManager[Trained]:
         """The job's training on the merge that is in the model."""
         assert self._trainer is not None
         folder = None if self._kept is None else self._kept / f"trial{job.number:04d}"
         base = self._merger.identity(merged, job.seed)
-        return self._trainer.candidate(self._trainer.settings(job.params), job.number, base, folder)
+        settings = self._trainer.settings(job.params)
+        return self._trainer.candidate(settings, job.number, base, folder, job.rung)
 
     def describe(self) -> dict[str, Any]:
         """`device`, `dtype`, `parents`, `parent_bytes`, `memory`, `seconds`, and `Fitness.describe()`."""

@@ -33,7 +33,8 @@ class Score:
         value: The fitness: finite, in the direction that the optimizer was told.
         stderr: One standard error of `value`, or None if it is unknown.
         items: Per-item scores by task, in the run's stored item order.
-        rung: Which of the run's cumulative prefixes of the items it rests on; None for all items.
+        rung: Which of the run's cumulative prefixes of the items it rests on, or how much of a training; None
+            for all.
 
     Raises:
         TrialError: `value` is not finite, `stderr` is negative or not finite, or `rung` is negative.
@@ -210,6 +211,12 @@ class Trial:
         """The Trial that `to_json` wrote."""
         score = None if data["score"] is None else Score.from_json(data["score"])
         return cls(**{**data, "state": State(data["state"]), "score": score})
+
+
+def trained_share(trial: Trial) -> float | None:
+    """The share of its training that a trial has had; None if nothing was trained."""
+    train = trial.metrics.get("train")
+    return train["tokens"] / train["budget"] if train and "budget" in train else None
 
 
 def ranked(trials: Iterable[Trial], direction: Direction) -> list[Trial]:

@@ -226,7 +226,7 @@ def test_a_dry_run_estimates_from_what_was_measured(llmevo: Any, task_genome: Pa
     )  # fmt: skip
     called = llmevo("run", task_genome, "--dry-run", "--json", "--run-dir", folder / "second")
     data = json.loads(called.out)
-    assert data["rungs"] == "rungs: none, every trial answers all 80 items"
+    assert data["rungs"] == "none, every trial answers all 80 items"
     few = llmevo(
         "run", task_genome, "--dry-run", "--set", "search.halving.first=20", "--run-dir", folder / "x"
     )

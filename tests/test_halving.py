@@ -66,7 +66,9 @@ def test_a_batch_sees_more_items_the_better_it_is(text: str, tmp_path: Path) -> 
     in_search = Counter(job.rung for job in jobs if job.split == "search")
     assert in_search == {None: 4 + 3 + 1, 0: 3 * 6 + 2, 1: 3 * 3, 2: 3 * 2}
     assert [len(entered) for _, entered, _ in observer.sifts] == [6, 3, 2] * 3 + [2]
-    assert [items for items, _, _ in observer.sifts] == [4, 8, 16] * 3 + [4]
+    assert [reached for reached, _, _ in observer.sifts] == ["4 items", "8 items", "16 items"] * 3 + [
+        "4 items"
+    ]
     rungs = Counter(trial.score.rung for trial in summary.trials[4:] if trial.score is not None)
     assert rungs == {None: 4, 0: 3 * 3 + 1, 1: 3 * 1, 2: 3 * 1}
     for trial in summary.trials:

@@ -40,8 +40,8 @@ class Lines:
         self.say("note", line=line)
     def asked(self, trials, seconds):
         self.say("asked", count=len(trials))
-    def sifted(self, items, entered, kept):
-        self.say("sifted", items=items, kept=list(kept))
+    def sifted(self, reached, entered, kept):
+        self.say("sifted", reached=reached, kept=list(kept))
     def finished(self, trial, best):
         self.say("finished", trial=trial.to_json())
     def ended(self, summary):

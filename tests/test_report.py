@@ -269,15 +269,15 @@ def test_a_halved_run_says_what_was_saved_and_what_a_score_rests_on(halved: Find
     assert effort is not None
     sizes = {0: 16, 1: 32, None: 80}
     scores = [trial.score for trial in halved.trials if trial.score is not None]
-    assert (effort.scored, effort.without) == (sum(sizes[s.rung] for s in scores), 80 * len(scores))
-    assert effort.scored < 0.7 * effort.without
-    saved = effort.without - effort.scored
+    assert (effort.spent, effort.without) == (sum(sizes[s.rung] for s in scores), 80 * len(scores))
+    assert effort.spent < 0.7 * effort.without
+    saved = effort.without - effort.spent
     text = console.status(halved)
-    assert f"{effort.scored} scored; halving saved {saved} of {effort.without}" in text
+    assert f"{effort.spent} scored; halving saved {saved} of {effort.without}" in text
     assert f"{saved} of {effort.without} saved by halving" in report.render(halved)
     data = halved.to_json()
     assert data["rungs"] == [16, 32, 80]
-    assert data["items"] == {"scored": effort.scored, "without": effort.without}
+    assert data["effort"] == {"unit": "items", "spent": effort.spent, "without": effort.without}
     assert data["best"]["score"]["rung"] is None
     dropout = next(trial for trial in halved.trials if trial.score and trial.score.rung == 0)
     assert "(16 of 80 items)" in console.show(halved, dropout, None)

@@ -75,7 +75,7 @@ class Recorder:
         self.info: RunInfo | None = None
         self.notes: list[str] = []
         self.batches: list[int] = []
-        self.sifts: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        self.sifts: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.trials: list[Trial] = []
         self.best: list[int] = []
         self.summary: RunSummary | None = None
@@ -91,8 +91,8 @@ class Recorder:
         assert seconds >= 0
         self.batches.append(len(trials))
 
-    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
-        self.sifts.append((items, tuple(entered), tuple(kept)))
+    def sifted(self, reached: str, entered: Sequence[int], kept: Sequence[int]) -> None:
+        self.sifts.append((reached, tuple(entered), tuple(kept)))
 
     def finished(self, trial: Trial, best: Trial | None) -> None:
         self.trials.append(trial)

@@ -110,14 +110,16 @@ def test_a_batch_in_which_all_fail_is_over() -> None:
 
 def test_rungs_follow_from_facts_and_genome() -> None:
     search = SearchSpec.model_validate({"halving": {"eta": 3, "rank_by": "gold_margin"}})
-    assert Rungs.of(FACTS, search) == Rungs((4, 8, 16), 3, "gold_margin", "maximize", {"a": 0.75, "b": 0.25})
+    assert Rungs.of(FACTS, search, 6) == Rungs(
+        (4, 8, 16), 3, "gold_margin", "maximize", {"a": 0.75, "b": 0.25}
+    )
     for facts in ({}, {"rungs": []}, {"rungs": [{"a": 10}]}):
-        assert Rungs.of(facts, search) is None
+        assert Rungs.of(facts, search, 6) is None
 
 
 def test_a_continuous_measure_ranks_where_every_task_has_it() -> None:
     search = SearchSpec.model_validate({"halving": {"rank_by": "gold_logprob"}})
-    rungs = Rungs.of(FACTS, search)
+    rungs = Rungs.of(FACTS, search, 6)
     assert rungs is not None
 
     def of(number: int, value: float, a: float, b: float) -> Outcome:
@@ -129,14 +131,14 @@ def test_a_continuous_measure_ranks_where_every_task_has_it() -> None:
     without = [replace(o, metrics={"a": o.metrics["a"]}) for o in outcomes]
     assert rungs.best_first(without) == [2, 3, 1]
     # Whoever wants the probability of the right choice small wants this ranking turned too.
-    against = Rungs.of({**FACTS, "signs": {"a": -1, "b": -1}}, search)
+    against = Rungs.of({**FACTS, "signs": {"a": -1, "b": -1}}, search, 6)
     assert against is not None
     assert against.best_first(outcomes) == [2, 3, 1]
 
 
 def test_several_terms_of_a_task_share_its_weight() -> None:
     facts = {"rungs": [{"a": 2}, {"a": 4}], "weights": {"a/acc": 0.5, "a/acc_norm": 0.25}}
-    rungs = Rungs.of(facts, SearchSpec())
+    rungs = Rungs.of(facts, SearchSpec(), 6)
     assert rungs is not None
     assert rungs.weights == {"a": 0.75}
 

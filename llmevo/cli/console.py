@@ -103,18 +103,19 @@ def status(findings: Findings) -> str:
 
 
 def scored(findings: Findings, trial: Trial) -> str:
-    """A trial's score, and on how many items of the search it rests where that is not all."""
+    """A trial's score, and on how many items of the search, or what of a training, where that is not all."""
     return score_text(trial, findings.rungs[-1] if findings.rungs else 0)
 
 
 def _effort(findings: Findings) -> list[tuple[str, str]]:
-    """What halving saved; nothing where every trial answers all items."""
+    """What halving saved; nothing where every trial answers all items, or is trained to its end."""
     effort = findings.effort()
     if effort is None or not effort.without:
         return []
-    saved = effort.without - effort.scored
+    saved = effort.without - effort.spent
     share = percent(saved / effort.without)
-    return [("items", f"{effort.scored} scored; halving saved {saved} of {effort.without} ({share})")]
+    done = "scored" if effort.unit == "items" else "trained on"
+    return [(effort.unit, f"{effort.spent} {done}; halving saved {saved} of {effort.without} ({share})")]
 
 
 def _counted(counts: dict[str, int], budget: int) -> str:
@@ -247,7 +248,7 @@ def preview_text(preview: Preview) -> str:
         ("tasks", tasks),
         ("held out", f"{genome.evaluate.holdout:.0%} of the items"),
         ("search", f"{search.direction}, {search.trials} trials in batches of {preview.batch}"),
-        ("rungs", preview.rungs.removeprefix("rungs: ")),
+        ("rungs", preview.rungs),
         ("proposer", f"{search.proposer}, seed {search.seed}"),
         ("run", str(preview.run_dir)),
         ("first", ", ".join(reference.origin for reference in preview.references) or "no references"),

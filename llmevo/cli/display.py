@@ -18,7 +18,7 @@ from rich.text import Text
 from llmevo.report.findings import trial_json
 from llmevo.report.words import duration, number, signed
 from llmevo.runner.observer import Observer, RunInfo, RunSummary
-from llmevo.trial import State, Trial, best
+from llmevo.trial import State, Trial, best, trained_share
 
 Choice: TypeAlias = Literal["auto", "rich", "plain", "json", "none"]
 
@@ -58,6 +58,9 @@ def score_text(trial: Trial, items: int = 0) -> str:
     text = number(score.value) + ("" if score.stderr is None else f" ± {number(score.stderr)}")
     if score.rung is None:
         return text
+    share = trained_share(trial)
+    if share is not None:
+        return f"{text} ({share:.0%} of the tokens)"
     return f"{text} ({score.count} of {items} items)" if items else f"{text} ({score.count} items)"
 
 
@@ -185,10 +188,10 @@ class PlainDisplay:
         origins = ", ".join(dict.fromkeys(trial.origin for trial in trials))
         self._say(f"asked {len(trials)} in {duration(seconds)}: {origins}")
 
-    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+    def sifted(self, reached: str, entered: Sequence[int], kept: Sequence[int]) -> None:
         """Say who goes on."""
         names = ", ".join(f"#{number}" for number in kept) or "none"
-        self._say(f"after {items} items {len(kept)} of {len(entered)} go on: {names}")
+        self._say(f"after {reached} {len(kept)} of {len(entered)} go on: {names}")
 
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """Say what the trial scored."""
@@ -242,9 +245,9 @@ class JsonDisplay:
         """`asked`: trials, seconds."""
         self._say("asked", trials=[trial_json(trial) for trial in trials], seconds=seconds)
 
-    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
-        """`sifted`: items, entered, kept (numbers)."""
-        self._say("sifted", items=items, entered=list(entered), kept=list(kept))
+    def sifted(self, reached: str, entered: Sequence[int], kept: Sequence[int]) -> None:
+        """`sifted`: reached (`60 items`), entered, kept (numbers)."""
+        self._say("sifted", reached=reached, entered=list(entered), kept=list(kept))
 
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """`finished`: trial, best (a number)."""
@@ -270,7 +273,7 @@ class NoDisplay:
     def asked(self, trials: Sequence[Trial], seconds: float) -> None:
         """Nothing."""
 
-    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+    def sifted(self, reached: str, entered: Sequence[int], kept: Sequence[int]) -> None:
         """Nothing."""
 
     def finished(self, trial: Trial, best: Trial | None) -> None:
@@ -295,7 +298,7 @@ class RichDisplay:
         self._clock = _Clock()
         self._trials: dict[int, Trial] = {}  # the pending ones and the last of the others
         self._items = 0
-        self._answered: dict[int, int] = {}  # items, by trial that is not at its end
+        self._reached: dict[int, str] = {}  # by trial that is not at its end
         self._best: Trial | None = None
 
     def started(self, info: RunInfo) -> None:
@@ -317,16 +320,16 @@ class RichDisplay:
         """Show the new trials as pending."""
         self._trials |= {trial.number: trial for trial in trials}
 
-    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
+    def sifted(self, reached: str, entered: Sequence[int], kept: Sequence[int]) -> None:
         """Show who goes on as such."""
-        self._answered |= dict.fromkeys(entered, items)
+        self._reached |= dict.fromkeys(entered, reached)
 
     def finished(self, trial: Trial, best: Trial | None) -> None:
         """Show the result."""
         self._clock.tick(trial)
         self._trials[trial.number] = trial
         self._items = self._items or all_items([trial])
-        self._answered.pop(trial.number, None)
+        self._reached.pop(trial.number, None)
         if len(self._trials) > 4 * _SPARKS:
             self._prune()
         self._best = best
@@ -392,6 +395,6 @@ class RichDisplay:
             gap = "best" if same else signed(trial.score.value - top.value)
         spent = "" if trial.state is State.PENDING else duration(trial_seconds(trial))
         text = score_text(trial, self._items)
-        if trial.state is State.PENDING and trial.number in self._answered:
-            text = f"{self._answered[trial.number]} items so far"
+        if trial.state is State.PENDING and trial.number in self._reached:
+            text = f"{self._reached[trial.number]} so far"
         return str(trial.number), escape(trial.origin), escape(text), gap, spent

@@ -15,7 +15,7 @@ from llmevo.optimizer import Optimizer
 from llmevo.recipe import Recipes, Reference
 from llmevo.report.words import duration
 from llmevo.runner import opening
-from llmevo.runner.facts import rungs_text
+from llmevo.runner.rungs import Rungs
 from llmevo.space import Space
 from llmevo.store import DATABASE, Store
 from llmevo.trial import State, Trial
@@ -40,7 +40,7 @@ class Preview:
         seconds: Of the whole run, estimated; None if nothing was ever measured.
         source: What the estimate comes from.
         model: What the language model would take; None if none is asked.
-        rungs: How many items trials of a batch would answer, in a line.
+        rungs: How many items trials of a batch would answer, or how far they would be trained, in a line.
     """
 
     genome: Genome
@@ -122,15 +122,25 @@ def preview(genome: Genome, run_dir: Path, layers: int) -> Preview:
         seconds=seconds,
         source=source,
         model=estimate(genome, recipes, len(references), batch),
-        rungs=_rungs(genome, items),
+        rungs=_rungs(genome, items, batch),
     )
 
 
-def _rungs(genome: Genome, items: dict[str, int]) -> str:
+def _rungs(genome: Genome, items: dict[str, int], batch: int) -> str:
     """The rungs, where an earlier run counted the items; else the rule that will make them."""
     halving = genome.search.halving
+    if genome.train is not None:
+        rungs = None
+        if halving.enabled is not False:
+            rungs = Rungs.of({"shares": halving.tokens.shares}, genome.search, batch)
+        if rungs is None:
+            return "none, every training is a whole"
+        return rungs.describe() + (", if the tokens suffice" if halving.enabled is None else "")
     if items:
-        return rungs_text([sum(rung.values()) for rung in rung_sizes(halving, items)], halving.eta)
+        made = rung_sizes(halving, items)
+        rungs = Rungs.of({"rungs": made}, genome.search, batch)
+        whole = f"none, every trial answers all {sum(items.values())} items"
+        return whole if rungs is None else rungs.describe()
     if halving.enabled is False:
         return "none, every trial answers all items"
     where = f" where the search has at least {2 * halving.first} items" if halving.enabled is None else ""

@@ -178,10 +178,13 @@ class Genome(Spec):
         losses = [task for task in self.tasks if task.name == VALIDATION_LOSS]
         if losses and self.train is None:
             raise ValueError(f"`tasks` names {VALIDATION_LOSS}, which needs `train.data`; add `train`")
-        if self.train is not None and self.search.halving.enabled:
+        idle = self.search.halving.idle(trains=self.train is not None)
+        if idle:
+            kind, remedy = "items", "add `train`, or remove it"
+            if self.train is not None:
+                kind, remedy = "tokens", "use `search.halving.tokens`, or remove it"
             raise ValueError(
-                "`search.halving.enabled` must not be true with `train`: what costs is the training, and all "
-                "items are scored after it; remove it"
+                f"`search.halving.{idle[0]}` has no effect here, where rungs are {kind}; {remedy}"
             )
         if len(losses) > 1:
             raise ValueError(f"`tasks` must not name {VALIDATION_LOSS} twice; remove one")

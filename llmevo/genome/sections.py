@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llmevo.genome.spec import Spec
 
@@ -23,21 +24,51 @@ class StrengthSpec(Spec):
     stagnate: Annotated[float, Field(gt=0, le=1)] = 0.2
 
 
+class TokenRungsSpec(Spec):
+    """The rungs of a search that trains: the loss on the validation examples ranks them.
+
+    Attributes:
+        shares: Of a candidate's tokens after which a rung ends, ascending; the last rung is the whole.
+        eta: One in `eta` trials of a rung reaches the next.
+    """
+
+    shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.1, 0.3)
+    eta: Annotated[int, Field(ge=2)] = 3
+
+    @field_validator("shares", mode="after")
+    @classmethod
+    def _ascending(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if any(later <= earlier for earlier, later in pairwise(shares)):
+            raise ValueError(f"must ascend, but got {list(shares)}; sort them and give each once")
+        return shares
+
+
 class HalvingSpec(Spec):
     """Successive halving inside a batch: all trials see a few items, the better ones see more.
 
+    With `train` the rungs are shares of a training, and only `enabled` and `tokens` count.
+
     Attributes:
-        enabled: None for yes where the search has at least twice `first` items.
+        enabled: None for yes where the search has at least twice `first` items; with `train`, where a batch
+            and the first rung are large enough (see docs/training.md).
         first: Items of the first rung, over all tasks.
         eta: One in `eta` trials of a rung reaches the next, which has `eta` times its items.
         rank_by: What ranks a rung: the score itself, or the weighted mean of a continuous measure of
             multiple-choice tasks (`gold_logprob`, `gold_margin`) while the score is what is reported.
+        tokens: The rungs of a search that trains.
     """
 
     enabled: bool | None = None
     first: Annotated[int, Field(ge=1)] = 60
     eta: Annotated[int, Field(ge=2)] = 2
     rank_by: Literal["score", "gold_logprob", "gold_margin"] = "score"
+    tokens: TokenRungsSpec = TokenRungsSpec()
+
+    def idle(self, trains: bool) -> list[str]:
+        """The keys that are set and have no effect, as rungs are tokens where something is trained."""
+        names = ("first", "eta", "rank_by") if trains else ("tokens",)
+        default = HalvingSpec()
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
 
 
 class MergeStageSpec(Spec):

@@ -40,7 +40,7 @@ from llmevo.llm.show import (
 )
 from llmevo.resources import read
 from llmevo.space import Space
-from llmevo.trial import Direction, Trial
+from llmevo.trial import Direction, Trial, trained_share
 
 PLACEHOLDERS: dict[str, frozenset[str]] = {
     "system": frozenset(),
@@ -318,7 +318,11 @@ def _noise(ranked: Ranked, context: Context) -> str:
     score = ranked.best.score if ranked.best is not None else None
     noise = context.noise if context.noise is not None else (score.stderr if score is not None else None)
     text = f"One standard error of a score is {noise:.2g}: smaller differences mean little. " if noise else ""
-    if any(trial.score is not None and trial.score.rung is not None for trial in ranked.complete):
+    early = [trial for trial in ranked.complete if trial.score is not None and trial.score.rung is not None]
+    if early and trained_share(early[0]) is not None:
+        text += 'A result with "trained" dropped out after that share of its training and ranks behind '
+        text += "those after more. "
+    elif early:
         text += 'A result with "items" dropped out after that many items and ranks behind those on more. '
     return text
 

@@ -15,7 +15,7 @@ from llmevo.llm.digest import Ranked, digits
 from llmevo.llm.encode import LEVELS, domain, encode, level_key, names, text
 from llmevo.space import Categorical, Space
 from llmevo.strength import improvements
-from llmevo.trial import Direction, State, Trial
+from llmevo.trial import Direction, State, Trial, trained_share
 
 _BEST, _LAST, _FAILED = 8, 4, 3
 _ROLES = ("refine the best", "combine two good results", "test one value that was not tried")
@@ -69,7 +69,8 @@ def rows(
     for place, trial in reversed(chosen):
         row = f'{{"rank":{place},"score":{trial.value:.{precision}g}'
         if trial.score is not None and trial.score.rung is not None:
-            row += f',"items":{trial.score.count}'
+            share = trained_share(trial)
+            row += f',"items":{trial.score.count}' if share is None else f',"trained":{share:.2g}'
         if tasks and trial.score is not None and len(trial.score.items) > 1:
             means = {
                 name[:40]: round(sum(xs) / len(xs), 4) for name, xs in trial.score.items.items() if len(xs)

@@ -88,7 +88,7 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
         *([("spent on it", findings.money())] if findings.money() else []),
         *([("its own proposals", _own(findings))] if findings.summary.intended else []),
         ("seed", str(findings.genome.search.seed)),
-        *([("item-evaluations", _effort(findings))] if findings.effort() else []),
+        *_effort(findings),
         ("time in trials", duration(sum(findings.summary.seconds.values()))),
     ]
 
@@ -98,11 +98,13 @@ def _own(findings: Findings) -> str:
     return f"{summary.proposed} of {summary.intended} that it was to make"
 
 
-def _effort(findings: Findings) -> str:
+def _effort(findings: Findings) -> list[tuple[str, str]]:
     effort = findings.effort()
-    assert effort is not None
-    saved = effort.without - effort.scored
-    return f"{effort.scored}, {saved} of {effort.without} saved by halving"
+    if effort is None:
+        return []
+    name = "item-evaluations" if effort.unit == "items" else "tokens trained on"
+    saved = effort.without - effort.spent
+    return [(name, f"{effort.spent}, {saved} of {effort.without} saved by halving")]
 
 
 def _section(title: str, body: str) -> str:
@@ -140,8 +142,10 @@ def _progress(findings: Findings) -> str:
         "Each mark is a trial, with one standard error. The best of many noisy scores is too good on "
         "average: only the held-out items below say what was gained."
     )
-    if findings.effort():
-        caption += " Small marks dropped out early: their scores rest on fewer items and are never the best."
+    effort = findings.effort()
+    if effort is not None:
+        less = "fewer items" if effort.unit == "items" else "less training"
+        caption += f" Small marks dropped out early: their scores rest on {less} and are never the best."
     return _section("The search", _figure(drawing, "Score of each trial and the best so far", caption))
 
 
@@ -236,7 +240,10 @@ def _origins(findings: Findings) -> str:
             )
         )
     head = ("origin", "trials", "failed", "best", "mean", "new bests")
-    note = _note("Best and mean are of scores on all items.") if findings.effort() else ""
+    effort, note = findings.effort(), ""
+    if effort is not None:
+        whole = "scores on all items" if effort.unit == "items" else "trainings that came to their end"
+        note = _note(f"Best and mean are of {whole}.")
     return _section("Where the trials came from", note + _table(head, rows)) if rows else ""
 
 

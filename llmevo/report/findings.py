@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 from llmevo import genome as genomes
 from llmevo.errors import StatsError
@@ -18,7 +18,7 @@ from llmevo.runner.finals import DEFAULT, summarise
 from llmevo.runner.observer import Row, RunSummary
 from llmevo.stats import Interval, paired_difference
 from llmevo.store import Store
-from llmevo.trial import Score, State, Trial, standing
+from llmevo.trial import Score, State, Trial, standing, trained_share
 
 _PACKAGES = ("llmevo", "numpy", "cmaes", "torch", "transformers", "peft", "mergekit", "lm-eval", "openai")
 
@@ -26,14 +26,16 @@ _PACKAGES = ("llmevo", "numpy", "cmaes", "torch", "transformers", "peft", "merge
 @final
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """Item-evaluations of the complete trials.
+    """What the complete trials took.
 
     Args:
-        scored: How many their scores rest on.
-        without: How many it would have been had all of them answered all items.
+        unit: Item-evaluations, or the tokens that candidates were trained on.
+        spent: How many their scores rest on.
+        without: How many it would have been without halving.
     """
 
-    scored: int
+    unit: Literal["items", "tokens"]
+    spent: int
     without: int
 
 
@@ -187,12 +189,24 @@ class Findings:
             return None
 
     def effort(self) -> Effort | None:
-        """What halving saved; None where every trial answers all items."""
+        """What halving saved; None where every trial answers all items, or is trained to its end."""
+        if self.genome.train is not None:
+            return self._training()
         if len(self.rungs) < 2:
             return None
         scores = [trial.score for trial in self.trials if trial.score is not None]
         rungs = [len(self.rungs) - 1 if score.rung is None else score.rung for score in scores]
-        return Effort(sum(self.rungs[rung] for rung in rungs), len(scores) * self.rungs[-1])
+        return Effort("items", sum(self.rungs[rung] for rung in rungs), len(scores) * self.rungs[-1])
+
+    def _training(self) -> Effort | None:
+        """What rungs of a training saved."""
+        trained = [trial for trial in self.trials if trained_share(trial) is not None]
+        if all(trial.score is None or trial.score.rung is None for trial in trained):
+            return None
+        spent, whole = (
+            sum(int(trial.metrics["train"][key]) for trial in trained) for key in ("tokens", "budget")
+        )
+        return Effort("tokens", spent, whole)
 
     def genome_text(self) -> str:
         """The genome as it was run, overrides included, as YAML."""
@@ -219,7 +233,7 @@ class Findings:
             "evolved": trial_json(summary.evolved),
             "references": [trial_json(trial) for trial in summary.references],
             "rungs": list(self.rungs),
-            "items": None if (effort := self.effort()) is None else asdict(effort),
+            "effort": None if (effort := self.effort()) is None else asdict(effort),
             "notes": self.notes(),
             "held_out": [_row_json(row) for row in summary.table],
             "uniform_gap": _interval_json(self.gap_to("uniform")),

@@ -256,10 +256,10 @@ class _Sitting:
     def _evaluate(self) -> None:
         """Bring every pending trial to its end: references on all items at once, a batch by its rungs."""
         facts = self._workers.facts()
-        rungs = Rungs.of(facts, self.genome.search)
+        rungs = Rungs.of(facts, self.genome.search, self.batch)
         if not self._described:
             self._described = True
-            for line in describe.lines(facts, self.genome.search.halving):
+            for line in describe.lines(facts, rungs):
                 self.observer.note(line)
         whole = [t for t in self._pending.values() if rungs is None or t.number < len(self.references)]
         self._workers.drive([job_of(self.genome, t) for t in whole], lambda outcome: self._finish([outcome]))
@@ -295,7 +295,7 @@ class _Sitting:
 
             self._workers.drive(jobs, arrived)
             over = rungs.stage(numbers, outcomes)
-            self.observer.sifted(rungs.sizes[rung], stage.alive, over.alive)
+            self.observer.sifted(rungs.reached(rung), stage.alive, over.alive)
 
     def _finish(self, outcomes: Sequence[Outcome], rung: int | None = None) -> None:
         """Commit, then tell, then show. The last outcome, on `rung`, is the trial's; all are its cost."""

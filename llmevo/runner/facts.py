@@ -5,31 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmevo.genome.sections import HalvingSpec
+from llmevo.runner.rungs import Rungs
 
 TRUNCATED = 0.05  # of a task's answers; above it a note says so
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def lines(facts: Mapping[str, Any], halving: HalvingSpec) -> list[str]:
+def lines(facts: Mapping[str, Any], rungs: Rungs | None) -> list[str]:
     """A line each on the rungs, the memory plan and the packing, as far as the pipeline says something.
 
     Args:
         facts: From `Pipeline.describe`.
-        halving: How rungs were asked for.
+        rungs: From `Rungs.of`.
     """
-    sizes = [sum(rung.values()) for rung in facts.get("rungs") or ()]
-    found = [rungs_text(sizes, halving.eta) if sizes else "", _memory(facts), _packed(facts)]
+    found = [_rungs(facts, rungs), _memory(facts), _packed(facts)]
     return [line for line in found if line]
 
 
-def rungs_text(sizes: list[int], eta: int) -> str:
-    """The rungs: `rungs: 60, 120, 240 of 480 items, after each of which one trial in 2 goes on`."""
-    *few, whole = sizes
-    if not few:
-        return f"rungs: none, every trial answers all {whole} items"
-    shown = ", ".join(map(str, few))
-    return f"rungs: {shown} of {whole} items, after each of which one trial in {eta} goes on"
+def _rungs(facts: Mapping[str, Any], rungs: Rungs | None) -> str:
+    """The rungs, or why there are none."""
+    if rungs is not None:
+        return f"rungs: {rungs.describe()}"
+    if "train" in facts:
+        why = facts["train"].get("undivided") or ("the batches are small" if facts.get("shares") else "")
+        return f"rungs: none, every training is a whole{': ' if why else ''}{why}"
+    items = sum(facts["rungs"][-1].values()) if facts.get("rungs") else 0
+    return f"rungs: none, every trial answers all {items} items" if items else ""
 
 
 def _memory(facts: Mapping[str, Any]) -> str:

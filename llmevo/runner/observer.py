@@ -125,8 +125,8 @@ class Observer(Protocol):
         """A batch was proposed in `seconds`, and recorded."""
         ...
 
-    def sifted(self, items: int, entered: Sequence[int], kept: Sequence[int]) -> None:
-        """A rung of a batch is over: by their first `items` items, those `kept` of `entered` go on."""
+    def sifted(self, reached: str, entered: Sequence[int], kept: Sequence[int]) -> None:
+        """A rung of a batch is over: after `60 items`, or what was reached, `kept` of `entered` go on."""
         ...
 
     def finished(self, trial: Trial, best: Trial | None) -> None:

@@ -25,6 +25,7 @@ from llmevo.strength import OneFifth, Strength, TwoLevel
 
 _PACKAGES = ("llmevo", "numpy", "cmaes", "torch", "transformers", "peft", "mergekit", "lm_eval")
 _SCORED = ("items", "fingerprint", "weights", "signs")  # of Pipeline.describe: what a score is made of
+_RUNGS = ("rungs", "shares")
 
 
 def open_store(path: Path, genome: Genome, genome_text: str, fresh: bool) -> tuple[Store, Path | None]:
@@ -238,7 +239,7 @@ def check_facts(store: Store, facts: dict[str, Any]) -> dict[str, Any]:
         store.set_meta("pipeline", facts)
         return facts
     # A run of before there were rungs goes on without them.
-    keys = [*_SCORED, *(["rungs"] if "rungs" in known else [])]
+    keys = [*_SCORED, *(key for key in _RUNGS if key in known)]
     different = [
         f"{key}: {known.get(key)} -> {facts.get(key)}" for key in keys if known.get(key) != facts.get(key)
     ]
@@ -249,4 +250,4 @@ def check_facts(store: Store, facts: dict[str, Any]) -> dict[str, Any]:
             f"{lines}\nRestore the tasks' data, choose another --run-dir, or move the earlier run aside with "
             "--fresh."
         )
-    return {**facts, "rungs": known.get("rungs")}
+    return {**facts, **{key: known.get(key) for key in _RUNGS}}

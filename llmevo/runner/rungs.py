@@ -1,8 +1,10 @@
-"""Successive halving inside a batch: who is worth more items, as a function of what was answered.
+"""Successive halving inside a batch: who is worth more, as a function of what was found so far.
 
 All trials of a batch answer the first few items; the better ones answer more, and the best all of them. The
 items stand in one stored order, so that trials are compared on the same ones and a survivor extends what it
-has answered. Jamieson and Talwalkar, AISTATS 2016, http://proceedings.mlr.press/v51/jamieson16.html.
+has answered. Where trials are trained, a rung is a share of the training: the loss on the validation examples
+ranks it, and a survivor goes on from its own state. Jamieson and Talwalkar, AISTATS 2016,
+http://proceedings.mlr.press/v51/jamieson16.html.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, final
 
 from llmevo.genome import SearchSpec
@@ -23,7 +26,7 @@ class Stage:
     """Where a batch stands.
 
     Args:
-        rung: The one that the trials in `alive` answer now; None for all items.
+        rung: The one that the trials in `alive` are on now; None for the last.
         alive: Numbers of the trials that are still in, ascending.
         missing: Those of them without an outcome on this rung; on the last one, all.
         out: For each trial that is not in any more, the rung at which it failed or dropped out.
@@ -41,22 +44,38 @@ class Rungs:
     """The rungs of a run.
 
     Args:
-        sizes: Items up to and with each rung, over all tasks, ascending; the last one is all items.
+        sizes: Items up to and with each rung, over all tasks, ascending, the last one all of them; or shares
+            of a training, the last one 1.
         eta: One in `eta` trials of a rung reaches the next.
         rank_by: `score`, or a measure of multiple-choice tasks that ranks the rungs below the last.
         direction: Of the score.
         weights: Of the measure, by task; negative where the score falls as the measure grows.
+        trains: Whether the sizes are shares of a training.
     """
 
-    sizes: tuple[int, ...]
+    sizes: tuple[float, ...]
     eta: int = 2
     rank_by: str = "score"
     direction: Direction = "maximize"
     weights: Mapping[str, float] = field(default_factory=dict)
+    trains: bool = False
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], search: SearchSpec) -> Rungs | None:
-        """The rungs that a pipeline's facts describe; None where every trial answers all items."""
+    def of(cls, facts: Mapping[str, Any], search: SearchSpec, batch: int) -> Rungs | None:
+        """The rungs that a pipeline's facts describe; None where every trial answers all items.
+
+        Args:
+            facts: From `Pipeline.describe`.
+            search: How rungs were asked for.
+            batch: Trials per `ask`; rungs of a training that nobody asked for need `2 * eta`, so that more
+                than one trial reaches the second.
+        """
+        shares: Sequence[float] = facts.get("shares") or ()
+        if shares:
+            halving = search.halving
+            few = halving.enabled is None and batch < 2 * halving.tokens.eta
+            sizes = (*shares, 1.0)
+            return None if few else cls(sizes, halving.tokens.eta, direction=search.direction, trains=True)
         prefixes: Sequence[Mapping[str, int]] = facts.get("rungs") or ()
         if len(prefixes) < 2:
             return None
@@ -68,6 +87,19 @@ class Rungs:
             weights[task] = weights.get(task, 0.0) + sign * weight
         sizes = tuple(sum(prefix.values()) for prefix in prefixes)
         return cls(sizes, search.halving.eta, search.halving.rank_by, search.direction, weights)
+
+    def reached(self, rung: int) -> str:
+        """How far a rung goes: `60 items`, `10 % of the tokens`."""
+        size = self.sizes[rung]
+        return f"{100 * size:g} % of the tokens" if self.trains else f"{size:g} items"
+
+    def describe(self) -> str:
+        """The rungs: `60, 120, 240 of 480 items, after each of which one trial in 2 goes on`."""
+        *few, whole = self.sizes
+        shown = ", ".join(f"{100 * size:g}" if self.trains else f"{size:g}" for size in few)
+        text = f"{shown} % of the tokens" if self.trains else f"{shown} of {whole:g} items"
+        text += f", after each of which one trial in {self.eta} goes on"
+        return f"{text}, by the loss on the validation examples" if self.trains else text
 
     def stage(self, numbers: Sequence[int], outcomes: Mapping[tuple[int, int], Outcome]) -> Stage:
         """Where a batch stands, given what its trials scored on the rungs below the last.
@@ -115,12 +147,21 @@ class Rungs:
 
 
 def cost(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What a trial's outcomes took together: seconds by stage, and `bytes` and `items` where they count."""
+    """What a trial's outcomes took together.
+
+    Seconds by stage, and `bytes` and `items` where they count; of a training its `tokens`, and for each of
+    its `rungs` the seconds and the tokens that it added.
+    """
     total: dict[str, Any] = {}
     seconds, sizes, items = ([getattr(o, kind) for o in outcomes] for kind in ("seconds", "bytes", "items"))
     total |= _summed(seconds)
     total |= {"bytes": _summed(sizes)} if any(sizes) else {}
     total |= {"items": _summed(items)} if any(items) else {}
+    tokens = [0, *(o.tokens for o in outcomes)]
+    if any(tokens):
+        total["tokens"] = tokens[-1]
+        added = [later - earlier for earlier, later in pairwise(tokens)]
+        total["rungs"] = [{**s, "tokens": count} for s, count in zip(seconds, added, strict=True)]
     return total
 
 

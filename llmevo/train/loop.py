@@ -9,8 +9,10 @@ import json
 import math
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
@@ -18,6 +20,7 @@ import numpy as np
 
 from llmevo.errors import StageError
 from llmevo.genome.train import TrainSettings
+from llmevo.train import ranks
 from llmevo.train.adapters import Adapter
 from llmevo.train.data import Example
 from llmevo.train.forward import Forward
@@ -29,6 +32,7 @@ _SMOOTH = 0.9  # of the running mean of the loss
 _FIRST = 16  # examples whose mean loss is what divergence is measured against
 _DIVERGED = 1.5
 _SAVE_EVERY = 60.0  # seconds
+_RANKS = "ranks"  # before the names of what AdaLoRA knows
 
 Step: TypeAlias = list[tuple[int, int]]  # the examples of a step, each with the tokens that are used of it
 
@@ -63,6 +67,17 @@ def plan(examples: Sequence[Example], settings: TrainSettings, seed: int) -> lis
             )
         steps[-2:] = [steps[-2] + steps[-1]]
     return steps
+
+
+def tokens_of(steps: Sequence[Step]) -> int:
+    """How many tokens the steps use."""
+    return sum(end for step in steps for _, end in step)
+
+
+def within(steps: Sequence[Step], share: float) -> int:
+    """How many of the planned steps fit into a share of their tokens."""
+    totals = list(accumulate(tokens_of([step]) for step in steps))
+    return bisect_right(totals, round(share * totals[-1]))
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
@@ -146,14 +161,24 @@ class Training:
         )
         self.losses: list[float] = []
 
-    def run(self, model: Any, state: Path | None = None, tick: Callable[[int], None] | None = None) -> None:
-        """Train to the end.
+    def run(
+        self,
+        model: Any,
+        state: Path | None = None,
+        tick: Callable[[int], None] | None = None,
+        until: int | None = None,
+    ) -> None:
+        """Train to the end, or up to a step, from which a training with the same `state` goes on.
+
+        Whatever the stops on the way, the weights at the end are those of a training without any: the
+        learning rate follows from the planned number of steps, and the order and dropout from the step.
 
         Args:
             model: The resident model.
             state: A file of which the training goes on, if it is there and its own, and into which it saves
-                itself every minute; removed when it is done.
+                itself every minute and where it stops; removed when it is done.
             tick: Called after each step with its number.
+            until: How many of the planned steps to have done; None for all.
 
         Raises:
             StageError: The loss is not finite, or diverges.
@@ -161,8 +186,9 @@ class Training:
         import torch
 
         settings = self._settings
+        end = len(self._steps) if until is None else until
         if state is not None and state.is_file():
-            self.load(state)
+            self.load(state, end)
         devices = [model.device] if model.device.type == "cuda" else []
         saved = time.monotonic()
         if settings.checkpointing:
@@ -170,7 +196,7 @@ class Training:
         model.train()
         try:
             with torch.random.fork_rng(devices=devices):
-                for step in range(len(self.losses), len(self._steps)):
+                for step in range(len(self.losses), end):
                     # Dropout follows from the step, so that a training that goes on needs no random state.
                     torch.manual_seed((self._seed << 32) + step)
                     self._step(step)
@@ -184,7 +210,11 @@ class Training:
             model.eval()
             if settings.checkpointing:
                 checkpointing(model, False)
-        if state is not None:
+        if state is None:
+            return
+        if end < len(self._steps):
+            self.save(state)
+        else:
             state.unlink(missing_ok=True)
 
     def _step(self, number: int) -> None:
@@ -233,7 +263,7 @@ class Training:
         return weight * torch.stack(terms).mean()
 
     def save(self, path: Path) -> None:
-        """Write the state, atomically: weights, AdamW's moments and the losses so far, as safetensors."""
+        """Write the state, atomically, as safetensors: weights, AdamW's moments, AdaLoRA's ranks, losses."""
         from safetensors.torch import save_file
 
         tensors = {}
@@ -241,24 +271,32 @@ class Training:
             tensors[f"weight/{name}"] = parameter.detach()
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}/{name}"] = value
+        kept: dict[str, list[bool]] = {}
+        if self._settings.adapter == "adalora":
+            importance, kept = ranks.of(self._adapter.tuner, self._adapter.name)
+            tensors |= {f"{_RANKS}/{key}": tensor for key, tensor in importance.items()}
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             beside,
-            metadata={"training": self._identity(), "losses": json.dumps(self.losses)},
+            metadata={
+                "training": self._identity(),
+                "losses": json.dumps(self.losses),
+                "kept": json.dumps(kept),
+            },
         )
         os.replace(beside, path)
 
-    def load(self, path: Path) -> bool:
-        """Go on from a state, if it is of this training; return whether it is."""
+    def load(self, path: Path, end: int) -> bool:
+        """Go on from a state, if it is of this training and not beyond step `end`; return whether it is."""
         import torch
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="pt") as opened:
                 facts = opened.metadata() or {}
-                if facts.get("training") != self._identity():
+                if facts.get("training") != self._identity() or len(json.loads(facts["losses"])) > end:
                     return False
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):  # it was damaged with the machine; the training begins anew
@@ -268,9 +306,19 @@ class Training:
                 parameter.copy_(tensors.pop(f"weight/{name}"))
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
+            if kind == _RANKS:
+                continue
             parameter = self._parameters[name]
             device = tensor.device if kind == "step" else parameter.device  # AdamW counts on the CPU
             self.optimizer.state[parameter][kind] = tensor.to(device)
+        if self._settings.adapter == "adalora":
+            importance = {key: t for key, t in tensors.items() if key.startswith(f"{_RANKS}/")}
+            ranks.restore(
+                self._adapter.tuner,
+                self._adapter.name,
+                {key.removeprefix(f"{_RANKS}/"): tensor for key, tensor in importance.items()},
+                json.loads(facts["kept"]),
+            )
         self.losses = json.loads(facts["losses"])
         return True
 

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, final
 
 from llmevo.errors import GenomeError, StageError
+from llmevo.genome.sections import HalvingSpec
 from llmevo.genome.train import TrainSettings, TrainSpec, values_of
 from llmevo.space import Params
 from llmevo.train import adapters, data
 from llmevo.train.data import Example, Part
 from llmevo.train.forward import Forward
-from llmevo.train.loop import Training, mean_of_late, plan
+from llmevo.train.loop import Training, mean_of_late, plan, tokens_of, within
+from llmevo.train.shares import shares_of
 
 RECORD = "training.json"
 _TOKENS_AT_ONCE = 4096  # of a forward pass without gradients
+_HALVING = HalvingSpec()
 
 
 @final
@@ -31,9 +34,9 @@ class Trained:
     """What a training came to.
 
     Args:
-        metrics: `loss_first` and `loss_last` (nats per target token), `steps`, `tokens`, `parameters`
-            (trained ones).
-        bytes: Of the adapter's weights.
+        metrics: `loss_first` and `loss_last` (nats per target token), `steps`, `tokens`, `budget` (the tokens
+            of the whole training), `parameters` (trained ones).
+        bytes: Of the adapter's weights; 0 while the training is not over.
     """
 
     metrics: dict[str, float]
@@ -50,12 +53,19 @@ class Trainer:
             candidate is trained and evaluated.
         tokenizer: The model's tokenizer.
         seed: The run's: of the split, the order of the examples, the adapters' first weights, dropout.
+        halving: Where trainings stop to be compared.
+
+    Attributes:
+        shares: Of the tokens, at which the rungs below the last end; empty where each training is a whole.
+        reached: How many tokens the latest candidate was trained on when its training ended or failed.
 
     Raises:
         GenomeError: The data, the model or a hyperparameter does not fit; before any training.
     """
 
-    def __init__(self, spec: TrainSpec, model: Any, tokenizer: Any, *, seed: int) -> None:
+    def __init__(
+        self, spec: TrainSpec, model: Any, tokenizer: Any, *, seed: int, halving: HalvingSpec = _HALVING
+    ) -> None:
         if model.config.is_encoder_decoder:
             raise GenomeError(
                 f"`train` needs a causal language model, but {type(model).__name__} has an encoder and a "
@@ -71,6 +81,8 @@ class Trainer:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self._data = data.load(spec.data, tokenizer, context, seed)
         self._check_batches()
+        self.shares, self._undivided = shares_of(spec, halving, self._data.parts["train"], seed)
+        self.reached = 0
         self._forward = Forward(model, self._data.parts["train"])
         self._facts = self._data.describe()
 
@@ -88,11 +100,17 @@ class Trainer:
 
     def describe(self) -> dict[str, Any]:
         """Facts for the run's record, as JSON: the examples, and how the model is computed."""
-        return {**self._facts, "packed": self._forward.packed, "head_at_targets": self._forward.partial}
+        facts = {**self._facts, "packed": self._forward.packed, "head_at_targets": self._forward.partial}
+        return {**facts, "undivided": self._undivided}
 
     @contextmanager
     def candidate(
-        self, settings: TrainSettings, number: int, base: str, folder: Path | None = None
+        self,
+        settings: TrainSettings,
+        number: int,
+        base: str,
+        folder: Path | None = None,
+        rung: int | None = None,
     ) -> Iterator[Trained]:
         """Train a candidate; it is on the model inside the `with` block, and gone after it.
 
@@ -101,44 +119,47 @@ class Trainer:
             number: The trial's number.
             base: What the resident weights are: two trainings of equal `base` and settings are one.
             folder: Where the trained adapter is kept; one that is there already is not trained again. None
-                to keep nothing.
+                to keep nothing. A training that stops leaves its state beside it, and goes on from there.
+            rung: Stop at `shares[rung]` of the tokens; None for the whole training.
 
         Raises:
             StageError: The training diverged, or the settings do not fit the model.
         """
         name, key = f"cand{number:04d}", self._key(settings, base)
-        known = None if folder is None else _record(folder, key)
+        known = None if folder is None or rung is not None else _record(folder, key)
         if folder is not None and known is not None:
+            self.reached = int(known.metrics["tokens"])
             with adapters.loaded(self._model, folder, name):
                 yield known
             return
         examples = self._data.parts["train"]
         steps = plan(examples, settings, self._seed)
+        end = len(steps) if rung is None else within(steps, self.shares[rung])
         try:
             config = adapters.config(settings, self._targets, self._seed, len(steps))
         except GenomeError as error:
             raise StageError("train", str(error)) from None
         with adapters.adapted(self._model, settings, config, name, self._seed) as adapter:
             training = Training(self._forward, adapter, examples, settings, self._seed, steps)
-            # AdaLoRA keeps what it knows of each rank's importance inside peft, so it begins anew.
-            resumable = folder is not None and settings.adapter != "adalora"
-            state = (
-                folder.with_name(f"{folder.name}.{key[:16]}.safetensors") if resumable and folder else None
-            )
-            training.run(self._model, state)
+            state = None if folder is None else folder.with_name(f"{folder.name}.{key[:16]}.safetensors")
+            try:
+                training.run(self._model, state, until=end)
+            finally:
+                self.reached = tokens_of(steps[: len(training.losses)])
             parameters = adapter.parameters().values()
             first, late = training.losses[0], mean_of_late(training.losses)
             trained = Trained(
                 {
                     "loss_first": first,
                     "loss_last": late,
-                    "steps": float(len(steps)),
-                    "tokens": float(sum(end for step in steps for _, end in step)),
+                    "steps": float(end),
+                    "tokens": float(self.reached),
+                    "budget": float(tokens_of(steps)),
                     "parameters": float(sum(p.numel() for p in parameters)),
                 },
-                sum(p.numel() * p.element_size() for p in parameters),
+                sum(p.numel() * p.element_size() for p in parameters) if rung is None else 0,
             )
-            if folder is not None:
+            if folder is not None and rung is None:
                 _keep(adapter, folder, {"key": key, "settings": asdict(settings), **asdict(trained)})
             yield trained
 

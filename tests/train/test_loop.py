@@ -19,7 +19,7 @@ from llmevo.genome.train import TrainSettings  # noqa: E402
 from llmevo.train import Trainer, adapters  # noqa: E402
 from llmevo.train.data import Example  # noqa: E402
 from llmevo.train.forward import Forward  # noqa: E402
-from llmevo.train.loop import Training, learning_rate, mean_of_late, plan  # noqa: E402
+from llmevo.train.loop import Training, learning_rate, mean_of_late, plan, within  # noqa: E402
 
 
 def run(
@@ -161,6 +161,40 @@ def test_a_training_goes_on_where_it_was_left(
     assert not state.exists()
 
 
+@pytest.mark.parametrize("stops", [(1, 4), (6, 7)])
+@pytest.mark.parametrize(
+    ("adapter", "schedule"),
+    [("adalora", "constant"), ("lora", "wsd"), pytest.param("pissa", "wsd", marks=pytest.mark.slow)],
+)
+def test_a_training_that_stops_at_rungs_ends_as_one_without(
+    tiny: Any, facts: list[Example], tmp_path: Path, adapter: str, schedule: str, stops: tuple[int, ...]
+) -> None:
+    settings = TrainSettings(
+        adapter=adapter, rank=2, dropout=0.2, learning_rate=1e-2, batch_size=8, epochs=1.5, schedule=schedule
+    )
+    losses, weights = run(tiny, facts, settings)
+    state = tmp_path / "state.safetensors"
+    seen: list[int] = []
+    for stop in stops:
+        part, _ = run(tiny, facts, settings, state, tick=seen.append, until=stop)
+        assert part == losses[:stop]
+        assert state.is_file()
+    again = run(tiny, facts, settings, state, tick=seen.append)
+    assert seen == list(range(len(losses)))  # no step twice
+    assert again[0] == losses
+    assert all(torch.equal(weight, again[1][name]) for name, weight in weights.items())
+    assert not state.exists()
+
+
+def test_a_state_beyond_the_rung_is_not_used(tiny: Any, facts: list[Example], tmp_path: Path) -> None:
+    settings = TrainSettings(rank=2, learning_rate=1e-2, batch_size=8)
+    state = tmp_path / "state.safetensors"
+    run(tiny, facts, settings, state, until=5)
+    seen: list[int] = []
+    run(tiny, facts, settings, state, tick=seen.append, until=2)
+    assert seen == [0, 1]
+
+
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 64, None])
 def test_a_state_of_another_training_or_damaged_is_not_used(
     tiny: Any, facts: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
@@ -231,6 +265,16 @@ def test_a_budget_in_tokens_is_kept_exactly(lengths: list[int], size: int, token
     for start in range(0, len(seen) - epoch + 1, epoch):
         assert sorted(index for index, _ in seen[start : start + epoch]) == list(range(epoch))
     assert plan(examples, settings, seed) == steps
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.floats(0.001, 0.999))
+def test_a_rung_takes_as_many_steps_as_fit_its_share(sizes: list[int], share: float) -> None:
+    steps = [[(0, size)] for size in sizes]
+    count = within(steps, share)
+    budget = round(share * sum(sizes))
+    assert sum(sizes[:count]) <= budget
+    assert count == len(sizes) or sum(sizes[: count + 1]) > budget
+    assert within(steps, 1.0) == len(sizes)
 
 
 def test_epochs_are_passes_over_all_examples(facts: list[Example]) -> None:

@@ -156,9 +156,14 @@ def test_what_is_refused(train: dict[str, Any], message: str) -> None:
             "has the metric 'nll,none', but got 'acc'",
         ),
         (
-            {"search": {"halving": {"enabled": True}}},
-            "`search.halving.enabled` must not be true with `train`",
+            {"search": {"halving": {"eta": 3}}},
+            "`search.halving.eta` has no effect here, where rungs are tokens; use `search.halving.tokens`",
         ),
+        (
+            {"tasks": ["t"], "train": None, "search": {"halving": {"tokens": {"eta": 2}}}},
+            "`search.halving.tokens` has no effect here, where rungs are items; add `train`",
+        ),
+        ({"search": {"halving": {"tokens": {"shares": [0.3, 0.1]}}}}, "must ascend"),
     ],
 )
 def test_what_the_genome_refuses_around_it(data: dict[str, Any], message: str) -> None:

@@ -1,0 +1,40 @@
+"""What AdaLoRA knows of its ranks, as tensors: peft keeps it beside the parameters, and a state needs it.
+
+That is the smoothed importance of each entry of the factors, and which ranks were kept at the last cut.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # the names of peft's RankAllocator
+
+
+def of(tuner: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, list[bool]]]:
+    """The importances by `kind/parameter`, and for each layer which ranks are kept.
+
+    Args:
+        tuner: peft's AdaLoraModel.
+        name: The adapter's name.
+    """
+    allocator = tuner.rankallocator
+    tensors = {
+        f"{kind}/{parameter}": tensor
+        for kind in _KINDS
+        for parameter, tensor in getattr(allocator, kind).items()
+    }
+    return tensors, dict(tuner.peft_config[name].rank_pattern or {})
+
+
+def restore(tuner: Any, name: str, tensors: dict[str, torch.Tensor], kept: dict[str, list[bool]]) -> None:
+    """Put back what `of` gave."""
+    allocator = tuner.rankallocator
+    allocator.reset_ipt()
+    devices = {parameter: tensor.device for parameter, tensor in tuner.model.named_parameters()}
+    for key, tensor in tensors.items():
+        kind, _, parameter = key.partition("/")
+        getattr(allocator, kind)[parameter] = tensor.to(devices[parameter])
+    tuner.peft_config[name].rank_pattern = kept or None
