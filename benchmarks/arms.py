@@ -18,7 +18,7 @@ from spaces import Problem
 
 from llmevo import Optimizer
 from llmevo.proposers import make
-from llmevo.space import Categorical, Int, Params
+from llmevo.space import Categorical, Int, Params, Space
 from llmevo.trial import Score
 
 Point = tuple[Params, str]  # what to evaluate, and its origin
@@ -39,8 +39,8 @@ class Search(Protocol):
 class Ours:
     """A proposer of llmevo under its optimizer."""
 
-    def __init__(self, problem: Problem, seed: int, first: Sequence[Params], proposer: Any) -> None:
-        self.optimizer = Optimizer(problem.space, proposer, direction="maximize", seed=seed)
+    def __init__(self, space: Space, seed: int, first: Sequence[Params], proposer: Any) -> None:
+        self.optimizer = Optimizer(space, proposer, direction="maximize", seed=seed)
         for params in first:
             self.optimizer.enqueue(params, origin="first")
         self._asked: list[Any] = []
@@ -128,11 +128,11 @@ def pycma(problem: Problem, seed: int, first: Sequence[Params], batch: int) -> B
 class Optuna:
     """An optuna study, asked for a batch at a time; it knows the first points as finished trials."""
 
-    def __init__(self, problem: Problem, first: Sequence[Params], sampler: Any) -> None:
+    def __init__(self, space: Space, first: Sequence[Params], sampler: Any) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space = problem.space
+        self._space = space
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._waiting = list(first)
         self._trials: list[Any] = []
@@ -185,7 +185,7 @@ def optuna_tpe(problem: Problem, seed: int, first: Sequence[Params], batch: int)
     """The default sampler of optuna with its default settings."""
     import optuna
 
-    return Optuna(problem, first, optuna.samplers.TPESampler(seed=seed))
+    return Optuna(problem.space, first, optuna.samplers.TPESampler(seed=seed))
 
 
 def optuna_cma(problem: Problem, seed: int, first: Sequence[Params], batch: int) -> Optuna:
@@ -197,7 +197,7 @@ def optuna_cma(problem: Problem, seed: int, first: Sequence[Params], batch: int)
         sampler = optuna.samplers.CmaEsSampler(
             x0=dict(problem.space.start()), sigma0=1 / 6, seed=seed, popsize=batch
         )
-    return Optuna(problem, first, sampler)
+    return Optuna(problem.space, first, sampler)
 
 
 @cache
@@ -266,5 +266,5 @@ def fits(arm: str, problem: Problem) -> bool:
 def search(arm: str, problem: Problem, seed: int, first: Sequence[Params], batch: int) -> Search:
     """The arm at the start of a run."""
     if arm in OURS:
-        return Ours(problem, seed, first, OURS[arm](problem))
+        return Ours(problem.space, seed, first, OURS[arm](problem))
     return _LIBRARIES[arm](problem, seed, first, batch)

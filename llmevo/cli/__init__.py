@@ -247,7 +247,14 @@ def show(
 
 
 @app.command()
-def best(run_path: RunPath, as_json: Json = False, verbose: Verbose = False) -> None:
+def best(
+    run_path: RunPath,
+    axolotl: Annotated[
+        bool, typer.Option("--axolotl", help="A training's settings as YAML for axolotl.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """Print the best trial's recipe, a mergekit configuration, or its settings for peft and TRL."""
     from llmevo.cli import trained
     from llmevo.cli.console import scored
@@ -256,13 +263,15 @@ def best(run_path: RunPath, as_json: Json = False, verbose: Verbose = False) -> 
     findings = load(run_path)
     trial = _trial(findings, None)
     recipe = _recipe(findings, trial)
-    python = trained.snippet_of(findings, trial)
+    snippets = trained.snippets_of(findings, trial)
     if as_json:
         verdict = {"headline": findings.headline(), "verdict": findings.verdict()}
-        _print_json({"trial": trial_json(trial), "recipe": recipe, "python": python, **verdict})
+        copied = snippets or {"python": None, "axolotl": None}
+        _print_json({"trial": trial_json(trial), "recipe": recipe, **copied, **verdict})
         return
     print(f"# trial {trial.number} by {trial.origin}: {scored(findings, trial)}", file=sys.stderr)
-    _print(_yaml(recipe) if python is None else python.rstrip())
+    shown = _yaml(recipe) if snippets is None else snippets["axolotl" if axolotl else "python"]
+    _print(shown.rstrip())
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The trained half of a trial: its settings, where its adapter is, and both as Python to copy."""
+"""The trained half of a trial: its settings, where its adapter is, and the settings to copy."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def adapter_of(findings: Findings, trial: Trial) -> Path | None:
     return folder
 
 
-def snippet_of(findings: Findings, trial: Trial) -> str | None:
-    """The settings as Python for peft and TRL; None if the trial was not trained."""
-    from llmevo.train.snippet import snippet
+def snippets_of(findings: Findings, trial: Trial) -> dict[str, str] | None:
+    """The settings to copy, `python` for peft and TRL and `axolotl` as YAML; None for an untrained trial."""
+    from llmevo.train.snippet import axolotl, snippet
     from llmevo.train.trainer import RECORD
 
     settings, spec = settings_of(findings, trial), findings.genome.train
@@ -50,5 +50,9 @@ def snippet_of(findings: Findings, trial: Trial) -> str | None:
     adapter: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     steps = int(json.loads((folder / RECORD).read_text(encoding="utf-8"))["metrics"]["steps"])
     base = findings.genome.alone or f"the merge of {findings.summary.run_dir / 'best' / 'recipe.yaml'}"
-    head = f"# Trial {trial.number}, trained on {spec.data.train}\n# from {base}\n\n"
-    return head + snippet(settings, adapter, steps, spec.data.max_length)
+    head = f"# Trial {trial.number}, trained on {spec.data.train}\n# from {base}\n"
+    longest = spec.data.max_length
+    return {
+        "python": f"{head}\n{snippet(settings, adapter, steps, longest)}",
+        "axolotl": head + axolotl(settings, adapter, steps, longest),
+    }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from choice_task import sums, write_choice_task
 
 torch = pytest.importorskip("torch")
@@ -202,8 +203,12 @@ def test_best_prints_settings_that_peft_and_transformers_take(
     assert made["args"].per_device_train_batch_size == 8
     assert made["args"].num_train_epochs == 2
     assert made["args"].warmup_steps == 1
+    assert command("best", str(run_dir), "--axolotl") == 0
+    yaml_text = capsys.readouterr().out
+    assert yaml.safe_load(yaml_text)["learning_rate"] == best.params["train.learning_rate"]
     assert command("best", str(run_dir), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["python"] == text
+    found = json.loads(capsys.readouterr().out)
+    assert (found["python"], found["axolotl"]) == (text, yaml_text)
 
 
 @pytest.mark.parametrize("verb", ["status", "show", "report", "validate", "preview"])

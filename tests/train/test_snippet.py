@@ -1,0 +1,75 @@
+"""Settings to copy: axolotl's keys, and what it cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from llmevo.genome.train import ADAPTERS, TrainSettings
+from llmevo.train.snippet import axolotl
+
+MODULES = {"target_modules": ["v_proj", "q_proj"]}
+
+# Of axolotl's schemas peft.py, training.py and config.py; the value is a type that pydantic takes there.
+SCHEMA: dict[str, Any] = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "micro_batch_size", "gradient_accumulation_steps"), int),
+    **dict.fromkeys(("max_steps", "warmup_steps", "sequence_len"), int),
+    **dict.fromkeys(("lora_dropout", "learning_rate", "weight_decay", "max_grad_norm", "num_epochs"), float),
+    **dict.fromkeys(("adapter", "lr_scheduler", "optimizer", "peft_init_lora_weights"), str),
+    **dict.fromkeys(("peft_use_rslora", "peft_use_dora", "sample_packing", "train_on_inputs"), bool),
+    **dict.fromkeys(("lora_target_modules", "peft_layers_to_transform"), list),
+    "loraplus_lr_ratio": float,
+    "lr_scheduler_kwargs": dict,
+    "gradient_checkpointing": bool,
+}
+
+
+def written(longest: int | None = 128, **given: Any) -> tuple[dict[str, Any] | None, str]:
+    layers = given.pop("layers_to_transform", None)
+    text = axolotl(TrainSettings(**given), {**MODULES, "layers_to_transform": layers}, 40, longest)
+    return yaml.safe_load(text), text
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_axolotl_knows_every_key_or_a_comment_says_why(adapter: str, schedule: str) -> None:
+    found, text = written(adapter=adapter, schedule=schedule, learning_rate=3e-5, tokens=900)
+    if found is None:
+        assert f"not {adapter}" in text
+        return
+    assert found["adapter"] == "lora"
+    assert found["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert found["max_steps"] == 40
+    assert "num_epochs" not in found
+    for key, value in found.items():
+        assert type(value) is SCHEMA[key], key
+
+
+def test_each_kind_of_lora_has_its_own_key() -> None:
+    own = {"rslora": "peft_use_rslora", "dora": "peft_use_dora", "pissa": "peft_init_lora_weights"}
+    own["loraplus"] = "loraplus_lr_ratio"
+    for adapter in ("lora", *own):
+        found, _ = written(adapter=adapter)
+        assert found is not None
+        assert set(found) & set(own.values()) == ({own[adapter]} if adapter in own else set())
+
+
+def test_the_same_batch_length_and_course() -> None:
+    found, _ = written(batch_size=12, accumulation=3, epochs=2.5, schedule="wsd", warmup=0.1, decay=0.2)
+    assert found is not None
+    assert (found["micro_batch_size"], found["gradient_accumulation_steps"]) == (4, 3)
+    assert (found["num_epochs"], found["warmup_steps"]) == (2.5, 4)
+    assert found["lr_scheduler_kwargs"]["num_decay_steps"] == 8
+    assert "max_steps" not in found
+
+
+def test_what_axolotl_rounds_or_cuts_is_said() -> None:
+    found, text = written(None, alpha=12.4, layers_to_transform=[28, 29])
+    assert found is not None
+    assert found["lora_alpha"] == 12
+    assert found["peft_layers_to_transform"] == [28, 29]
+    assert "12.4" in text
+    assert "sequence_len" in text
+    assert "sequence_len" not in found
