@@ -74,12 +74,20 @@ class Below(torch.nn.Module):
         for place, row in enumerate(tokens.tolist()):
             start = 0
             while any(row[start:]):  # the rest of a row is padded with zeros
-                stop = row.index(self._end, start) + 1 if self._end in row[start:] else len(row)
-                example = tuple(row[start:stop])
+                example = self._first(tuple(row[start:]))
                 self.learn([example])
-                states[place, start:stop] = self._known[example]
-                start = stop
+                states[place, start : start + len(example)] = self._known[example]
+                start += len(example)
         return states
+
+    def _first(self, row: tuple[int, ...]) -> tuple[int, ...]:
+        """The example that a row begins with."""
+        stop = row.index(self._end) + 1 if self._end in row else len(row)
+        if row[:stop] in self._known:
+            return row[:stop]
+        # Where the budget cuts an example off, it has no end, and a whole one may stand behind it.
+        cuts = (cut for cut in range(1, stop) if row[cut:stop] in self._known)
+        return row[: next(cuts, stop)]
 
 
 def divide(model: Any, layers: int, end: int) -> Below:
