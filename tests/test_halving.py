@@ -150,6 +150,31 @@ def test_a_trial_stops_where_it_fails(text: str, tmp_path: Path) -> None:
     assert same(again.trials) == same(summary.trials)
 
 
+def test_the_next_best_takes_the_place_of_those_that_failed(text: str, tmp_path: Path) -> None:
+    """Also where the run is cut at any moment: those that dropped out are committed last."""
+
+    def fails(job: Job) -> Outcome:
+        whole = job.split == "search" and job.rung is None and job.number >= 4
+        if (whole and job.number % 5) or (job.rung == 1 and job.number % 4 == 0):
+            return Outcome(job.number, error="NaN in layer 2", stage="merge")
+        return prefix(job)
+
+    observer = Recorder()
+    whole = run(text, tmp_path / "run", work=fails, facts=FACTS, observer=observer)
+    batches = [whole.trials[first : first + 6] for first in (4, 10, 16)]
+    assert sum("in the place of" in note for note in observer.notes) >= 2
+    for batch in batches:
+        full = [t for t in batch if t.score is not None and t.score.rung is None]
+        spare = [t for t in batch if t.score is not None and t.score.rung is not None]
+        assert len(full) == 1 or (not full and not spare)
+    for step in (1, 2, 3):
+        name = tmp_path / f"cut{step}"
+        while run(text, name, work=fails, facts=FACTS, limit=step).exit_code == 3:
+            pass
+        with Store.open(name, readonly=True) as store:
+            assert same(store.trials()) == same(whole.trials)
+
+
 def test_a_run_of_before_there_were_rungs_goes_on_without(text: str, tmp_path: Path) -> None:
     plain = {key: value for key, value in FACTS.items() if key != "rungs"}
     run(text, tmp_path / "run", limit=7, facts=plain)

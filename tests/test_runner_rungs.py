@@ -17,6 +17,7 @@ from llmevo.runner.rungs import Rungs, cost
 from llmevo.trial import Score, standing
 
 SIZES = (4, 8, 16, 20)
+LAST = len(SIZES) - 1
 FACTS: dict[str, Any] = {
     "rungs": [{"a": 2, "b": 2}, {"a": 4, "b": 4}, {"a": 10, "b": 6}],
     "weights": {"a": 0.75, "b": 0.25},
@@ -30,12 +31,12 @@ def answered(number: int, value: float | None, **metrics: dict[str, float]) -> O
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[int], dict[tuple[int, int], Outcome]]:
-    """Trials with what each would score on every rung below the last; some fail somewhere."""
+    """Trials with what each would score on every rung; some fail somewhere."""
     first = draw(st.integers(0, 50))
     numbers = list(range(first, first + draw(st.integers(1, 20))))
     values = st.none() | st.sampled_from([0.25, 0.5, 0.75]) | st.floats(0.1, 1)
     return numbers, {
-        (number, rung): answered(number, draw(values)) for number in numbers for rung in range(len(SIZES) - 1)
+        (number, rung): answered(number, draw(values)) for number in numbers for rung in range(len(SIZES))
     }
 
 
@@ -43,8 +44,9 @@ def climbed(rungs: Rungs, numbers: list[int], known: dict[tuple[int, int], Outco
     """Every stage of a batch, each asked with no more than what was answered up to then."""
     told: dict[tuple[int, int], Outcome] = {}
     stages = [rungs.stage(numbers, told)]
-    while stages[-1].rung is not None:
-        told |= {(number, stages[-1].rung): known[number, stages[-1].rung] for number in stages[-1].missing}
+    while stages[-1].missing:
+        rung = LAST if stages[-1].rung is None else stages[-1].rung
+        told |= {(number, rung): known[number, rung] for number in stages[-1].missing}
         stages.append(rungs.stage(numbers, told))
     return stages
 
@@ -56,7 +58,7 @@ def test_a_batch_is_halved(
     numbers, known = batch
     rungs = Rungs(SIZES, eta, direction=direction)
     stages = climbed(rungs, numbers, known)
-    for before, after in pairwise(stages):
+    for before, after in pairwise([stage for stage in stages if stage.rung is not None]):
         entered, kept = before.alive, after.alive
         whole = [known[n, before.rung] for n in entered if known[n, before.rung].score is not None]
         assert set(kept) <= set(entered)
@@ -72,13 +74,37 @@ def test_a_batch_is_halved(
     assert not set(last.alive) & set(last.out)
 
 
+@given(batches(), st.integers(2, 4))
+def test_while_anybody_can_someone_answers_all_items(
+    batch: tuple[list[int], dict[tuple[int, int], Outcome]], eta: int
+) -> None:
+    """Those that failed are replaced one by one: the latest to drop out first, of equals the best."""
+    numbers, known = batch
+    stages = climbed(Rungs(SIZES, eta), numbers, known)
+    final = [stage for stage in stages if stage.rung is None]
+    lost = final[0].out
+    able = {n for n, rung in lost.items() if known[n, rung].score is not None}
+    called = [stage.alive[0] for stage in final[1:-1]]
+    assert len(set(called)) == len(called)
+    assert set(called) <= able
+    if final[-1].alive:
+        assert all(known[n, LAST].score is not None for n in final[-1].alive)
+    else:
+        assert set(called) == able
+        assert all(known[n, LAST].score is None for n in called)
+    ranks = [(-lost[n], -known[n, lost[n]].score.value, n) for n in called]  # type: ignore[union-attr]
+    assert ranks == sorted(ranks)
+    best = sorted((-lost[n], -known[n, lost[n]].score.value, n) for n in able)  # type: ignore[union-attr]
+    assert [n for *_, n in best[: len(called)]] == called
+
+
 @given(batches())
 def test_the_best_on_every_rung_answers_all_items(
     batch: tuple[list[int], dict[tuple[int, int], Outcome]],
 ) -> None:
     numbers, known = batch
     hero = numbers[len(numbers) // 2]
-    known |= {(hero, rung): answered(hero, 2.0) for rung in range(len(SIZES) - 1)}
+    known |= {(hero, rung): answered(hero, 2.0) for rung in range(len(SIZES))}
     last = climbed(Rungs(SIZES), numbers, known)[-1]
     assert hero in last.alive
 

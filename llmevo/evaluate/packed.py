@@ -22,7 +22,7 @@ from llmevo.evaluate.trie import Costs
 # Tokens in a batch, bytes of its logits, and what beginning a pass costs in tokens. A CPU multiplies some
 # hundred rows as fast as any number (256 to 1536 were within 8 %). A GPU wants thousands, and waits for each
 # of a pass's many small steps.
-_CPU = 1024, 256 << 20, 16.0
+_CPU = 1024, 256 << 20, 64.0
 _CUDA = 16384, 2 << 30, 4096.0
 _ATTENTION = 2.5  # how much longer an operation of the attention takes than one of the linear layers
 _ROWS = {"cpu": 64, "cuda": 1024}  # logits that are read at once

@@ -269,33 +269,48 @@ class _Sitting:
             self._halve(rungs, range(first, len(self.optimizer.trials)))
 
     def _halve(self, rungs: Rungs, numbers: Sequence[int]) -> None:
-        """Rung by rung; what an earlier sitting stored is not asked again."""
+        """Rung by rung; what an earlier sitting stored is not asked again.
+
+        Who drops out is committed when the batch is over: until then he may have to take the place of others.
+        """
+        last = len(rungs.sizes) - 1
         outcomes = self.store.rungs(numbers[0])
+        failed = {number for (number, _), outcome in outcomes.items() if outcome.score is None}
+        for trial in self.optimizer.trials[numbers[0] :]:
+            whole = trial.score is not None and trial.score.rung is None
+            if whole or (trial.state is State.FAILED and trial.number not in failed):
+                outcomes[trial.number, last] = Outcome(trial.number, trial.score, error=trial.error)
 
         def told(number: int) -> list[Outcome]:
             return [outcomes[key] for key in sorted(outcomes) if key[0] == number]
 
         while True:
             stage = rungs.stage(numbers, outcomes)
-            for number in sorted(stage.out.keys() & self._pending.keys()):
-                self._finish(told(number), stage.out[number])
+            rung = last if stage.rung is None else stage.rung
             jobs = [
                 job_of(self.genome, self._pending[number], rung=stage.rung)
                 for number in stage.missing
                 if number in self._pending
             ]
-            rung = stage.rung
-            if rung is None:
-                self._workers.drive(jobs, lambda outcome: self._finish([*told(outcome.number), outcome]))
+            for number in sorted(stage.out.keys() & self._pending.keys()):
+                if not jobs or told(number)[-1].score is None:
+                    self._finish(told(number), stage.out[number])
+            if not jobs:
                 return
 
             def arrived(outcome: Outcome, rung: int = rung) -> None:
-                self.store.save_rung(rung, outcome)
+                if rung != last:
+                    self.store.save_rung(rung, outcome)
                 outcomes[outcome.number, rung] = outcome
+                if rung == last:
+                    self._finish(told(outcome.number))
 
             self._workers.drive(jobs, arrived)
             over = rungs.stage(numbers, outcomes)
-            self.observer.sifted(rungs.reached(rung), stage.alive, over.alive)
+            if rung != last:
+                self.observer.sifted(rungs.reached(rung), stage.alive, over.alive)
+            elif over.missing:
+                self.observer.note(f"trial {over.alive[0]} goes on in the place of those that failed")
 
     def _finish(self, outcomes: Sequence[Outcome], rung: int | None = None) -> None:
         """Commit, then tell, then show. The last outcome, on `rung`, is the trial's; all are its cost."""

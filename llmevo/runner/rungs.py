@@ -28,8 +28,9 @@ class Stage:
     Args:
         rung: The one that the trials in `alive` are on now; None for the last.
         alive: Numbers of the trials that are still in, ascending.
-        missing: Those of them without an outcome on this rung; on the last one, all.
-        out: For each trial that is not in any more, the rung at which it failed or dropped out.
+        missing: Those of them without an outcome on this rung; none once the batch is over.
+        out: For each trial that is not in any more, the rung at which it failed or dropped out. One that
+            dropped out may come in again while the batch is not over.
     """
 
     rung: int | None
@@ -102,18 +103,21 @@ class Rungs:
         return f"{text}, by the loss on the validation examples" if self.trains else text
 
     def stage(self, numbers: Sequence[int], outcomes: Mapping[tuple[int, int], Outcome]) -> Stage:
-        """Where a batch stands, given what its trials scored on the rungs below the last.
+        """Where a batch stands, given what its trials scored.
 
         Of those that enter a rung, the best `ceil(1 / eta)` of them go on, failed ones behind all others. One
-        that is alone answers the rest at once. So the best of a batch always reaches the last rung.
+        that is alone answers the rest at once. So the best of a batch always reaches the last rung. If all who
+        went on have failed, the best of the latest that dropped out goes on in their place, and so on.
 
         Args:
             numbers: The trials of the batch.
-            outcomes: By (number, rung).
+            outcomes: By (number, rung); those on all items by the last rung's index.
         """
+        last = len(self.sizes) - 1
         alive = tuple(sorted(numbers))
         out: dict[int, int] = {}
-        for rung in range(len(self.sizes) - 1):
+        waiting: list[int] = []  # dropped out without having failed; the next to be called is the last
+        for rung in range(last):
             if len(alive) < 2:
                 break
             missing = tuple(number for number in alive if (number, rung) not in outcomes)
@@ -121,9 +125,19 @@ class Rungs:
                 return Stage(rung, alive, missing, out)
             best = self.best_first([outcomes[number, rung] for number in alive])
             kept = best[: math.ceil(len(alive) / self.eta)]
+            waiting += reversed(best[len(kept) :])
             out |= {number: rung for number in alive if number not in kept}
             alive = tuple(sorted(kept))
-        return Stage(None, alive, alive, out)
+        while True:
+            missing = tuple(number for number in alive if (number, last) not in outcomes)
+            if missing:
+                return Stage(None, alive, missing, out)
+            whole = tuple(number for number in alive if outcomes[number, last].score is not None)
+            out |= {number: last for number in alive if number not in whole}
+            if whole or not waiting:
+                return Stage(None, whole, (), out)
+            alive = (waiting.pop(),)
+            del out[alive[0]]
 
     def best_first(self, outcomes: Sequence[Outcome]) -> list[int]:
         """Numbers of the trials that did not fail on a rung, best first, the earlier of equals first."""
