@@ -106,8 +106,8 @@ class Rungs:
         """Where a batch stands, given what its trials scored.
 
         Of those that enter a rung, the best `ceil(1 / eta)` of them go on, failed ones behind all others. One
-        that is alone answers the rest at once. So the best of a batch always reaches the last rung. If all who
-        went on have failed, the best of the latest that dropped out goes on in their place, and so on.
+        that is alone answers the rest at once. So the best of a batch always reaches the last rung. If all of
+        those have failed, the best of the latest that dropped out goes on in their place, and so on.
 
         Args:
             numbers: The trials of the batch.
