@@ -139,6 +139,10 @@ def _search(
     from llmevo.report.findings import load
 
     check_tasks(genome, allow_benchmark_tasks)
+    if genome.train is not None:
+        from llmevo.train import check_packages
+
+        check_packages(genome.train)
     observer = choose(display)
     try:
         text = genome_path.read_text(encoding="utf-8-sig")
@@ -200,8 +204,9 @@ def validate(
         check_tasks(genome, allow_benchmark_tasks)
         facts |= {"parents": check_parents(genome.genome), "checked": ["genome", "tasks", "parents"]}
         if genome.train is not None:
-            from llmevo.train import check_data
+            from llmevo.train import check_data, check_packages
 
+            check_packages(genome.train)
             facts["examples"] = check_data(genome.train.data)
             facts["checked"].append("examples")
     if as_json:

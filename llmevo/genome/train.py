@@ -18,16 +18,40 @@ VALIDATION_LOSS = "validation_loss"
 NLL = "nll,none"
 """Its one metric: the mean over the examples of their mean per target token, in nats."""
 
-_LORA = ("lora", "rslora", "dora", "loraplus", "lorafa", "pissa", "adalora")
-ADAPTERS = (*_LORA, "vera", "ia3")
+# Methods that begin with a LoRA whose first weights may be drawn in several ways, on weights that may move.
+_FREE_INIT = ("lora", "rslora", "dora", "loraplus", "lorafa")
+_LORA = (*_FREE_INIT, "pissa", "adalora", "qlora", "deltalora")
+PLAIN = ("randlora", "shira", "loha", "lokr", "miss", "oft", "fourierft", "vblora")
+"""Methods of peft that need nothing of ours but a configuration."""
+ADAPTERS = (*_LORA, "vera", "ia3", *PLAIN)
 TARGETS = ("attn", "mlp", "all-linear")
+BASE_INITS = ("pissa", "olora")
+"""First weights that are taken out of the base's, so that these change."""
+INITS = ("default", "gaussian", "orthogonal", *BASE_INITS)
+
+# Methods of peft that are refused, and why.
+_ADDS_TOKENS = "it adds tokens to the input and wraps no module, so that nothing of it reaches the evaluation"
+_REFUSED = {
+    **dict.fromkeys(("prompt_tuning", "multitask_prompt_tuning", "prefix_tuning", "p_tuning"), _ADDS_TOKENS),
+    **dict.fromkeys(("cpt", "cartridge"), _ADDS_TOKENS),
+    "adaption_prompt": "it replaces whole attention modules, which cannot be packed",
+    "ln_tuning": "it trains copies of the norms' own weights, which `target_modules` does not name",
+    "trainable_tokens": "it trains rows of the embeddings, which `target_modules` does not name",
+    "xlora": "it mixes adapters that are trained already",
+    "poly": "it needs the number of a task with each example",
+}
 
 # Which adapters a hyperparameter has an effect on; the others hold for all.
+_SCALED = (*_LORA, "randlora", "loha", "lokr")
 _USED_BY = {
-    "rank": (*_LORA, "vera"),
-    "alpha": _LORA,
-    "dropout": (*_LORA, "vera"),
+    "rank": tuple(name for name in ADAPTERS if name not in ("ia3", "fourierft")),
+    "alpha": _SCALED,
+    "alpha_over_rank": _SCALED,
+    "dropout": (*(name for name in _LORA if name != "deltalora"), "vera", "randlora", "miss", "vblora"),
+    "init": (*_FREE_INIT, "qlora", "deltalora"),
     "loraplus_ratio": ("loraplus",),
+    "delta_lambda": ("deltalora",),
+    "delta_start": ("deltalora",),
 }
 _PREFIX = "train."
 
@@ -87,8 +111,10 @@ class _Rule:
 _RULES = {
     "adapter": _Rule("choice", choices=ADAPTERS),
     "rank": _Rule("int", 1),
-    "alpha": _Rule("float", 0, open_low=True),
+    "alpha": _Rule("float", 0, open_low=True, optional=True),
+    "alpha_over_rank": _Rule("float", 0, open_low=True, optional=True),
     "dropout": _Rule("float", 0, 1, open_high=True),
+    "init": _Rule("choice", choices=INITS),
     "target_modules": _Rule("choice", choices=TARGETS),
     "layers": _Rule("int", 1, optional=True),
     "learning_rate": _Rule("float", 0, 10, open_low=True),
@@ -102,6 +128,8 @@ _RULES = {
     "accumulation": _Rule("int", 1),
     "clip": _Rule("float", 0),
     "loraplus_ratio": _Rule("float", 0, open_low=True),
+    "delta_lambda": _Rule("float", 0, open_low=True),
+    "delta_start": _Rule("float", 0, 1, open_high=True),
     "checkpointing": _Rule("bool"),
 }
 
@@ -157,6 +185,7 @@ class TrainSettings:
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0
+    init: str = "default"
     target_modules: str | tuple[str, ...] = "all-linear"
     layers: int | None = None
     learning_rate: float = 3e-4
@@ -170,10 +199,18 @@ class TrainSettings:
     accumulation: int = 1
     clip: float = 1.0
     loraplus_ratio: float = 16.0
+    delta_lambda: float = 2.0
+    delta_start: float = 0.1
     checkpointing: bool = False
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether the adapter's first weights are taken out of the base's."""
+        return self.adapter == "pissa" or (self.adapter in _FREE_INIT and self.init in BASE_INITS)
 
 
 DEFAULTS = TrainSettings()
+_STARTS = {"alpha_over_rank": DEFAULTS.alpha / DEFAULTS.rank}  # of settings that stand for others
 
 
 class TrainSpec(Spec):
@@ -181,10 +218,14 @@ class TrainSpec(Spec):
 
     Attributes:
         data: The examples.
-        adapter: `lora`, `rslora`, `dora`, `loraplus`, `lorafa`, `pissa`, `adalora`, `vera` or `ia3`.
-        rank: Of the adapter; adalora's is the mean rank at the end.
-        alpha: The adapter's scale is alpha / rank (rslora: alpha / sqrt(rank)).
+        adapter: One of `ADAPTERS`.
+        rank: Of the adapter; adalora's is the mean rank at the end, oft's the side of its blocks.
+        alpha: The adapter's scale is alpha / rank (rslora: alpha / sqrt(rank)). None for 32, or what
+            `alpha_over_rank` says.
+        alpha_over_rank: In place of `alpha`: alpha = this * rank.
         dropout: On the adapter's input, while training.
+        init: The adapter's first weights: peft's `default` (A drawn, B zero), `gaussian`, `orthogonal`, or
+            out of the base's by `pissa` or `olora`.
         target_modules: `attn`, `mlp`, `all-linear`, or a list of ends of module names.
         layers: Only the last so many layers; None for all.
         learning_rate: AdamW's, at its highest.
@@ -198,14 +239,18 @@ class TrainSpec(Spec):
         accumulation: Parts in which a batch goes through the model; the result is the same, the memory less.
         clip: Largest norm of the gradient; 0 for no limit.
         loraplus_ratio: loraplus only: learning rate of B over that of A.
+        delta_lambda: deltalora only: how much of the adapter's change the base weights take.
+        delta_start: deltalora only: share of the steps before they take any.
         checkpointing: Recompute activations in the backward pass: less memory, about half more time.
     """
 
     data: Annotated[DataSpec, BeforeValidator(_data)]
     adapter: _Setting = DEFAULTS.adapter
     rank: _Setting = DEFAULTS.rank
-    alpha: _Setting = DEFAULTS.alpha
+    alpha: _Setting = None
+    alpha_over_rank: _Setting = None
     dropout: _Setting = DEFAULTS.dropout
+    init: _Setting = DEFAULTS.init
     target_modules: _Setting = "all-linear"
     layers: _Setting = None
     learning_rate: _Setting = DEFAULTS.learning_rate
@@ -219,6 +264,8 @@ class TrainSpec(Spec):
     accumulation: _Setting = DEFAULTS.accumulation
     clip: _Setting = DEFAULTS.clip
     loraplus_ratio: _Setting = DEFAULTS.loraplus_ratio
+    delta_lambda: _Setting = DEFAULTS.delta_lambda
+    delta_start: _Setting = DEFAULTS.delta_start
     checkpointing: _Setting = DEFAULTS.checkpointing
 
     @model_validator(mode="after")
@@ -230,10 +277,14 @@ class TrainSpec(Spec):
                     raise ValueError(f"`{name}` must be {rule}, but got the list {setting}; give one value")
                 continue
             for value in values_of(setting):
+                if name == "adapter" and value in _REFUSED:
+                    raise ValueError(f"`adapter` must not be {value}: {_REFUSED[value]}; change it")
                 if not rule.holds(value):
                     raise ValueError(f"`{name}` must be {rule}, but got {value!r}; change it")
         if self.tokens is not None and self.epochs is not None:
             raise ValueError("`epochs` and `tokens` exclude each other; remove one")
+        if self.alpha is not None and self.alpha_over_rank is not None:
+            raise ValueError("`alpha` and `alpha_over_rank` exclude each other; remove one")
         largest, smallest = max(values_of(self.accumulation)), min(values_of(self.batch_size))
         if largest > smallest:
             raise ValueError(
@@ -241,7 +292,20 @@ class TrainSpec(Spec):
                 "has no more parts than examples"
             )
         self._check_effects()
+        self._check_init()
         return self
+
+    def _check_init(self) -> None:
+        inits, adapters = values_of(self.init), values_of(self.adapter)
+        fixed = [name for name in adapters if name in _USED_BY["init"] and name not in _FREE_INIT]
+        if fixed and not set(inits).isdisjoint(BASE_INITS):
+            raise ValueError(
+                f"`init` must not be {' or '.join(BASE_INITS)} with the adapter {' or '.join(fixed)}, which "
+                "does not take its first weights out of the base's; remove one"
+            )
+        step = self.rank.step if isinstance(self.rank, IntGene) else 2
+        if "orthogonal" in inits and any(rank % 2 for rank in (*values_of(self.rank), step)):
+            raise ValueError("`rank` must be even with `init: orthogonal`, but may be odd; change one")
 
     def _check_effects(self) -> None:
         adapters = values_of(self.adapter)
@@ -256,7 +320,7 @@ class TrainSpec(Spec):
         """The genes, `train.rank` and so on. Without an `init` of its own, a gene starts at the default."""
         named = {name: getattr(self, name) for name in _RULES}
         return {
-            _PREFIX + name: _starting(setting, getattr(DEFAULTS, name))
+            _PREFIX + name: _starting(setting, _STARTS.get(name) or getattr(DEFAULTS, name))
             for name, setting in named.items()
             if isinstance(setting, GeneSpec)
         }
@@ -284,6 +348,11 @@ class TrainSpec(Spec):
             default = getattr(DEFAULTS, field.name)
             if setting is not None:  # None: no limit, or a gene that the adapter does not have
                 chosen[field.name] = float(setting) if isinstance(default, float) else setting
+        ratio: Any = self.alpha_over_rank
+        if isinstance(ratio, GeneSpec):
+            ratio = params.get(_PREFIX + "alpha_over_rank")
+        if ratio is not None:
+            chosen["alpha"] = float(ratio * chosen.get("rank", DEFAULTS.rank))
         return TrainSettings(**chosen)
 
 

@@ -18,7 +18,7 @@ def lines(facts: Mapping[str, Any], rungs: Rungs | None) -> list[str]:
         facts: From `Pipeline.describe`.
         rungs: From `Rungs.of`.
     """
-    found = [_rungs(facts, rungs), _memory(facts), _packed(facts)]
+    found = [_rungs(facts, rungs), _memory(facts), _nf4(facts), _packed(facts)]
     return [line for line in found if line]
 
 
@@ -46,6 +46,15 @@ def _memory(facts: Mapping[str, Any]) -> str:
     parts.append(f"the merged model {size(plan['merged'])}")
     room = "" if plan["available"] is None else f", {size(plan['available'])} free"
     return f"memory: {plan['mode']} on {plan['device']}, {', '.join(parts)}{room}"
+
+
+def _nf4(facts: Mapping[str, Any]) -> str:
+    """What QLoRA's base takes beside the resident one, and where its optimizer is."""
+    plan = facts.get("train", {}).get("nf4")
+    if not plan:
+        return ""
+    paged = "" if plan["paged"] else "; 8-bit AdamW is not paged without a GPU, its state stays in memory"
+    return f"qlora: {size(plan['bytes'])} of 4-bit weights beside the resident ones during a trial{paged}"
 
 
 def _packed(facts: Mapping[str, Any]) -> str:

@@ -11,20 +11,21 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from llmevo.errors import GenomeError
-from llmevo.genome.train import TARGETS, TrainSettings, TrainSpec, values_of
+from llmevo.genome.train import TARGETS, TrainSettings
+from llmevo.train import nf4, ranks
+from llmevo.train.delta import Delta
 
 if TYPE_CHECKING:
     import torch
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"mlp|feed_?forward|ffn|experts|moe", re.IGNORECASE)
+MLP = re.compile(r"mlp|feed_?forward|ffn|experts|moe", re.IGNORECASE)
 _LAYER = re.compile(r"\.(\d+)\.")
-_PISSA = "pissa_niter_16"  # the randomised SVD: minutes less than the full one, and as good a start
 
 
 def linear_layers(model: Any) -> dict[str, tuple[int, int]]:
@@ -104,7 +105,7 @@ class Targets:
 
     def _of_kind(self, target: str | tuple[str, ...]) -> list[str]:
         if isinstance(target, str):
-            pattern = {"attn": _ATTENTION, "mlp": _MLP}.get(target)
+            pattern = {"attn": _ATTENTION, "mlp": MLP}.get(target)
             names = [n for n in self._linear if pattern is None or pattern.search(n.rpartition(".")[0])]
             missing = [] if names else [target]
         else:
@@ -118,88 +119,6 @@ class Targets:
                 f"none; name some of {', '.join(known)}, or one of {', '.join(TARGETS)}."
             )
         return names
-
-    def check(self, spec: TrainSpec) -> None:
-        """Check everything that the genes may choose, before anything is spent.
-
-        Raises:
-            GenomeError: A target matches nothing, or a rank is larger than a layer.
-        """
-        depth = [value for value in values_of(spec.layers) if value is not None]
-        for target in values_of(spec.target_modules):
-            chosen = tuple(target) if isinstance(target, list) else target
-            settings = TrainSettings(target_modules=chosen, layers=max(depth) if depth else None)
-            modules = self.modules(settings)
-            if set(values_of(spec.adapter)) <= {"ia3", "vera"}:  # no rank, and one that may be any
-                continue
-            rank = max(values_of(spec.rank))
-            if "adalora" in values_of(spec.adapter):
-                rank = _first_rank(rank)
-            name, shape = min(modules.items(), key=lambda item: min(item[1]))
-            if rank > min(shape):
-                raise GenomeError(
-                    f"`train.rank` must be <= {min(shape)}, the smaller side of `{name}` {list(shape)}, but "
-                    f"may be {rank}; lower it, or leave that module out of `train.target_modules`."
-                )
-
-
-def config(settings: TrainSettings, targets: Targets, seed: int, steps: int) -> Any:
-    """The configuration for peft.
-
-    Args:
-        settings: The hyperparameters.
-        targets: Of the model.
-        seed: Of VeRA's shared projections.
-        steps: Optimizer steps of the training, over which AdaLoRA plans its ranks.
-    """
-    import peft
-
-    names = targets.suffixes(settings)
-    first = targets.layers - (settings.layers or targets.layers)
-    chosen = None if first == 0 else list(range(first, targets.layers))
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "fan_in_fan_out": targets.transposed}
-    if settings.adapter == "ia3":
-        # IA3 has no choice of layers, so the modules have their full names there.
-        full = names if chosen is None else sorted(targets.modules(settings))
-        ends = tuple(f".{name}" for name in full)
-        inside = {n for n in targets.modules(settings) if f".{n}".endswith(ends) and _MLP.search(n)}
-        forward = [name for name in full if any(f".{n}".endswith(f".{name}") for n in inside)]
-        return peft.IA3Config(target_modules=full, feedforward_modules=forward, **common)
-    common |= {"target_modules": names, "layers_to_transform": chosen}
-    if settings.adapter == "vera":
-        return peft.VeraConfig(
-            r=settings.rank, vera_dropout=settings.dropout, projection_prng_key=seed, **common
-        )
-    common |= {"lora_alpha": _whole(settings.alpha), "lora_dropout": settings.dropout}
-    if settings.adapter == "adalora":
-        # Cut down between the first tenth and the last third of the steps.
-        first_cut, last = steps // 10, steps // 3
-        return peft.AdaLoraConfig(
-            init_r=_first_rank(settings.rank),
-            target_r=settings.rank,
-            tinit=first_cut,
-            tfinal=last,
-            deltaT=max(1, steps // 100),
-            total_step=max(steps, first_cut + last + 1),
-            **common,
-        )
-    if settings.adapter == "rslora":
-        common["use_rslora"] = True
-    if settings.adapter == "dora":
-        common["use_dora"] = True
-    if settings.adapter == "pissa":
-        common["init_lora_weights"] = _PISSA
-    return peft.LoraConfig(r=settings.rank, **common)
-
-
-def _first_rank(rank: int) -> int:
-    """The rank that AdaLoRA begins with: half more than it ends with."""
-    return math.ceil(1.5 * rank)
-
-
-def _whole(value: float) -> float | int:
-    """An int where that is exact, as peft's own files have it."""
-    return int(value) if value == int(value) else value
 
 
 @final
@@ -220,12 +139,8 @@ class Adapter:
             for key, parameter in peft_model.named_parameters():
                 if ".lora_A." in key:
                     parameter.requires_grad_(False)
-        self._start = self._factors() if settings.adapter == "pissa" else {}
-
-    @property
-    def tuner(self) -> Any:
-        """The tuner of peft, for the methods that have steps of their own."""
-        return self._peft.base_model
+        self._start = self._factors() if settings.starts_from_base else {}
+        self._delta = Delta(self._layers(), name, settings) if settings.adapter == "deltalora" else None
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """What is trained, by name without the adapter's."""
@@ -234,6 +149,47 @@ class Adapter:
             for name, parameter in self._peft.named_parameters()
             if parameter.requires_grad
         }
+
+    def stepped(self, step: int, steps: int) -> None:
+        """Do what the method does after optimizer step `step` of 0 to `steps - 1`, gradients still there."""
+        if self.settings.adapter == "adalora":
+            self._peft.base_model.update_and_allocate(step)
+        if self._delta is not None:
+            self._delta.stepped(step, steps)
+
+    def penalty(self) -> torch.Tensor | float:
+        """What the method adds to the loss: AdaLoRA keeps its factors near orthonormal.
+
+        The mean of `||P P^T - I||`, times its weight.
+        """
+        import torch
+
+        if self.settings.adapter != "adalora":
+            return 0.0
+        terms = []
+        for name, factor in self.parameters().items():
+            if ".lora_A" in name or ".lora_B" in name:
+                square = factor @ factor.T if ".lora_A" in name else factor.T @ factor
+                terms.append(torch.linalg.norm(square - torch.eye(len(square), device=square.device)))
+        weight: float = self._peft.peft_config[self.name].orth_reg_weight
+        return weight * torch.stack(terms).mean()
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """What the method keeps beside its parameters, for a training to go on with."""
+        if self.settings.adapter == "adalora":
+            return ranks.of(self._peft.base_model, self.name)
+        return {} if self._delta is None else self._delta.first
+
+    def remember(self, kept: dict[str, torch.Tensor]) -> None:
+        """Go on from what `memory` returned; the parameters have their values of then already."""
+        if self.settings.adapter == "adalora":
+            ranks.restore(self._peft.base_model, self.name, kept)
+        if self._delta is not None:
+            self._delta.resume(kept)
+
+    def _layers(self) -> dict[str, Any]:
+        """The LoRA layers of peft by name."""
+        return {key: m for key, m in self._peft.named_modules() if self.name in getattr(m, "lora_A", ())}
 
     def _factors(self) -> dict[str, torch.Tensor]:
         state = self._state()
@@ -260,32 +216,28 @@ class Adapter:
     def save(self, folder: Path) -> int:
         """Write `adapter_config.json` and `adapter_model.safetensors`, which plain peft loads.
 
-        PiSSA and AdaLoRA are written as the LoRAs that they are on the untouched base: the one with twice the
-        rank, BA less the B0A0 that it took from the weights, the other with its singular values in A.
+        What moved the base's weights is written as the LoRA that it is on the untouched base, with twice the
+        rank: PiSSA and OLoRA as BA less the B0A0 that they took from the weights, Delta-LoRA as
+        (1 + lambda) BA less lambda B_K A_K. AdaLoRA has its singular values in A.
 
         Returns:
             Bytes of the weights.
         """
-        import peft
         from safetensors.torch import save_file
 
         written = copy.copy(self._peft.peft_config[self.name])
         state = self._folded() if self.settings.adapter == "adalora" else self._state()
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         if self.settings.adapter == "adalora":
-            written = peft.LoraConfig(
-                r=written.init_r,
-                lora_alpha=written.init_r,
-                lora_dropout=written.lora_dropout,
-                target_modules=written.target_modules,
-                layers_to_transform=written.layers_to_transform,
-                fan_in_fan_out=written.fan_in_fan_out,
-                task_type=written.task_type,
-                base_model_name_or_path=written.base_model_name_or_path,
-            )
-        if self.settings.adapter == "pissa":
-            state = _difference(state, self._start)
-            written.r, written.lora_alpha = 2 * written.r, 2 * written.lora_alpha
+            written = _folded_config(written)
+        if self._start:
+            state = _sum(state, self._start, 1.0, -1.0)
+        if self._delta is not None and self._delta.first:
+            first = {f"{key}.weight": factor for key, factor in self._delta.first.items()}
+            state = _sum(state, first, 1.0 + self.settings.delta_lambda, -self.settings.delta_lambda)
+        if self._start or (self._delta is not None and self._delta.first):
+            written.r *= 2
+            written.lora_alpha *= math.sqrt(2) if written.use_rslora else 2
             written.init_lora_weights = True
         written.inference_mode = True
         folder.mkdir(parents=True, exist_ok=True)
@@ -294,25 +246,54 @@ class Adapter:
         return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
-def _difference(now: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Factors of BA - B0A0: the As one below the other, the Bs side by side."""
+def _folded_config(config: Any) -> Any:
+    """The LoRA's that AdaLoRA is saved as."""
+    import peft
+
+    kept = ("lora_dropout", "target_modules", "layers_to_transform", "fan_in_fan_out", "task_type")
+    return peft.LoraConfig(
+        r=config.init_r,
+        lora_alpha=config.init_r,
+        base_model_name_or_path=config.base_model_name_or_path,
+        **{name: getattr(config, name) for name in kept},
+    )
+
+
+def _sum(
+    now: dict[str, torch.Tensor], first: dict[str, torch.Tensor], share: float, other: float
+) -> dict[str, torch.Tensor]:
+    """Factors of `share * BA + other * B0A0`: the As one below the other, the Bs side by side."""
     import torch
 
     found = {}
     for key, tensor in now.items():
-        first = start[key].cpu()
-        found[key] = (
-            torch.cat([tensor, first]) if ".lora_A." in key else torch.cat([tensor, -first], dim=1)
-        ).contiguous()
+        if ".lora_A." in key:
+            tensor = torch.cat([tensor, first[key].cpu()])
+        elif ".lora_B." in key:
+            tensor = torch.cat([share * tensor, other * first[key].cpu()], dim=1)
+        found[key] = tensor.contiguous()
     return found
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Keep a warning from the user that is meant for peft: 0.21 reads what transformers 5.23 deprecates."""
+    """Keep warnings from the user that are of no use to him.
+
+    peft 0.21 reads what transformers 5.23 deprecates, and RandLoRA's projections follow from their seed.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Specified to not save basis_A and basis_B", UserWarning)
         yield
+
+
+def _unchecked() -> AbstractContextManager[None]:
+    """Say that sparse tensors, SHiRA's, are not to be checked: torch warns where nobody says so."""
+    import torch
+
+    check: Any = torch.sparse.check_sparse_tensor_invariants
+    unchecked: AbstractContextManager[None] = check(enable=False)
+    return unchecked
 
 
 @contextmanager
@@ -322,7 +303,7 @@ def adapted(model: Any, settings: TrainSettings, peft_config: Any, name: str, se
     Args:
         model: The resident model; the adapter computes wherever the model is called.
         settings: The hyperparameters.
-        peft_config: From `config`.
+        peft_config: From `methods.config`.
         name: The adapter's name, such as `cand0007`.
         seed: Of the adapter's first weights. torch's random state is left as it was.
     """
@@ -332,37 +313,51 @@ def adapted(model: Any, settings: TrainSettings, peft_config: Any, name: str, se
     before = {parameter: parameter.data for parameter in model.parameters()}
     wanted = {parameter: parameter.requires_grad for parameter in before}
     devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices), quiet_peft():
-            torch.manual_seed(seed)
-            wrapped = get_peft_model(model, peft_config, adapter_name=name)
-        yield Adapter(wrapped, name, settings)
-    finally:
-        _unwrap(model)
-        with torch.no_grad():
-            for parameter, data in before.items():
-                if parameter.data_ptr() != data.data_ptr():
-                    parameter.data = data
-                parameter.requires_grad_(wanted[parameter])
-                parameter.grad = None
-        model.eval()
+    with _quantised(model, settings):
+        try:
+            if settings.starts_from_base and settings.init == "olora":
+                # peft subtracts from float32 weights where they lie.
+                for weight in (model.get_submodule(layer).weight for layer in linear_layers(model)):
+                    weight.data = weight.data.clone()
+            with torch.random.fork_rng(devices=devices), quiet_peft():
+                torch.manual_seed(seed)
+                wrapped = get_peft_model(model, peft_config, adapter_name=name)
+            with _unchecked():
+                yield Adapter(wrapped, name, settings)
+        finally:
+            _unwrap(model)
+            with torch.no_grad():
+                for parameter, data in before.items():
+                    if parameter.data_ptr() != data.data_ptr():
+                        parameter.data = data
+                    parameter.requires_grad_(wanted[parameter])
+                    parameter.grad = None
+            model.eval()
+
+
+def _quantised(model: Any, settings: TrainSettings) -> AbstractContextManager[None]:
+    """QLoRA's base in place of the resident one; any other method has that."""
+    names = list(linear_layers(model)) if settings.adapter == "qlora" else []
+    return nf4.quantised(model, names) if names else nullcontext()
 
 
 @contextmanager
-def loaded(model: Any, folder: Path, name: str) -> Iterator[None]:
-    """Put a saved adapter on the model for the length of a `with` block."""
+def loaded(model: Any, folder: Path, name: str, settings: TrainSettings) -> Iterator[None]:
+    """Put a saved adapter, trained with `settings`, on the model for the length of a `with` block."""
     from peft import PeftModel
 
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with quiet_peft():
-            PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-        model.eval()
-        yield
-    finally:
-        _unwrap(model)
-        for parameter, wanted in before.items():
-            parameter.requires_grad_(wanted)
+    with _quantised(model, settings):
+        try:
+            with quiet_peft():
+                PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            model.eval()
+            with _unchecked():
+                yield
+        finally:
+            _unwrap(model)
+            for parameter, wanted in before.items():
+                parameter.requires_grad_(wanted)
 
 
 def _unwrap(model: Any) -> None:

@@ -14,25 +14,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 
 from llmevo.errors import StageError
 from llmevo.genome.train import TrainSettings
-from llmevo.train import ranks
+from llmevo.train import optimizers
 from llmevo.train.adapters import Adapter
 from llmevo.train.data import Example
 from llmevo.train.forward import Forward
-
-if TYPE_CHECKING:
-    import torch
 
 _SMOOTH = 0.9  # of the running mean of the loss
 _FIRST = 16  # examples whose mean loss is what divergence is measured against
 _DIVERGED = 1.5
 _SAVE_EVERY = 60.0  # seconds
-_RANKS = "ranks"  # before the names of what AdaLoRA knows
+_WEIGHT, _METHOD = "weight/", "method/"  # what names in a state begin with; the others are the optimizer's
 
 Step: TypeAlias = list[tuple[int, int]]  # the examples of a step, each with the tokens that are used of it
 
@@ -141,24 +138,10 @@ class Training:
         seed: int,
         steps: list[Step],
     ) -> None:
-        import torch
-
         self._forward, self._adapter, self._examples = forward, adapter, examples
         self._settings, self._seed, self._steps = settings, seed, steps
         self._parameters = adapter.parameters()
-        self._scales = {
-            name: settings.loraplus_ratio if settings.adapter == "loraplus" and ".lora_B" in name else 1.0
-            for name in self._parameters
-        }
-        groups = [
-            {"params": [parameter], "scale": self._scales[name]}
-            for name, parameter in self._parameters.items()
-        ]
-        if settings.adapter != "loraplus":  # one group is one call of the fused kernels
-            groups = [{"params": list(self._parameters.values()), "scale": 1.0}]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        self.optimizer = optimizers.make(self._parameters, settings)
         self.losses: list[float] = []
 
     def run(
@@ -234,57 +217,29 @@ class Training:
             total += loss.item()
             if not math.isfinite(total):
                 break
-            (loss + self._penalty() * len(part) / len(chosen)).backward()  # type: ignore[no-untyped-call]
+            (loss + self._adapter.penalty() * len(part) / len(chosen)).backward()  # type: ignore[no-untyped-call]
         self.losses.append(total)
         if not math.isfinite(total):
             return
         if settings.clip > 0:
             torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), settings.clip)
-        rate = learning_rate(settings, number, len(self._steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        self.optimizer.step()
-        if settings.adapter == "adalora":
-            self._adapter.tuner.update_and_allocate(number)
+        optimizers.step(self.optimizer, learning_rate(settings, number, len(self._steps)))
+        self._adapter.stepped(number, len(self._steps))
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _penalty(self) -> torch.Tensor | float:
-        """AdaLoRA keeps its factors near orthonormal: the mean of `||P P^T - I||`, times its weight."""
-        import torch
-
-        if self._settings.adapter != "adalora":
-            return 0.0
-        terms = []
-        for name, factor in self._parameters.items():
-            if ".lora_A" in name or ".lora_B" in name:
-                square = factor @ factor.T if ".lora_A" in name else factor.T @ factor
-                terms.append(torch.linalg.norm(square - torch.eye(len(square), device=square.device)))
-        weight: float = self._adapter.tuner.peft_config[self._adapter.name].orth_reg_weight
-        return weight * torch.stack(terms).mean()
-
     def save(self, path: Path) -> None:
-        """Write the state, atomically, as safetensors: weights, AdamW's moments, AdaLoRA's ranks, losses."""
+        """Write the state, atomically, as safetensors: weights, optimizer, what the method keeps, losses."""
         from safetensors.torch import save_file
 
-        tensors = {}
-        for name, parameter in self._parameters.items():
-            tensors[f"weight/{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
-        kept: dict[str, list[bool]] = {}
-        if self._settings.adapter == "adalora":
-            importance, kept = ranks.of(self._adapter.tuner, self._adapter.name)
-            tensors |= {f"{_RANKS}/{key}": tensor for key, tensor in importance.items()}
+        tensors = {f"{_WEIGHT}{name}": p.detach() for name, p in self._parameters.items()}
+        tensors |= {f"{_METHOD}{key}": tensor for key, tensor in self._adapter.memory().items()}
+        tensors |= optimizers.state_of(self.optimizer, self._parameters)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             beside,
-            metadata={
-                "training": self._identity(),
-                "losses": json.dumps(self.losses),
-                "kept": json.dumps(kept),
-            },
+            metadata={"training": self._identity(), "losses": json.dumps(self.losses)},
         )
         os.replace(beside, path)
 
@@ -303,22 +258,10 @@ class Training:
             return False
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(tensors.pop(f"weight/{name}"))
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            if kind == _RANKS:
-                continue
-            parameter = self._parameters[name]
-            device = tensor.device if kind == "step" else parameter.device  # AdamW counts on the CPU
-            self.optimizer.state[parameter][kind] = tensor.to(device)
-        if self._settings.adapter == "adalora":
-            importance = {key: t for key, t in tensors.items() if key.startswith(f"{_RANKS}/")}
-            ranks.restore(
-                self._adapter.tuner,
-                self._adapter.name,
-                {key.removeprefix(f"{_RANKS}/"): tensor for key, tensor in importance.items()},
-                json.loads(facts["kept"]),
-            )
+                parameter.copy_(tensors.pop(f"{_WEIGHT}{name}"))
+        kept = {key: tensors.pop(key) for key in list(tensors) if key.startswith(_METHOD)}
+        optimizers.resume(self.optimizer, self._parameters, tensors)
+        self._adapter.remember({key.removeprefix(_METHOD): tensor for key, tensor in kept.items()})
         self.losses = json.loads(facts["losses"])
         return True
 

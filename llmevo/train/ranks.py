@@ -11,30 +11,38 @@ if TYPE_CHECKING:
     import torch
 
 _KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # the names of peft's RankAllocator
+_KEPT = "kept"
 
 
-def of(tuner: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, list[bool]]]:
-    """The importances by `kind/parameter`, and for each layer which ranks are kept.
+def of(tuner: Any, name: str) -> dict[str, torch.Tensor]:
+    """The importances as `kind/parameter`, and which ranks of a layer are kept as `kept/layer`.
 
     Args:
         tuner: peft's AdaLoraModel.
         name: The adapter's name.
     """
+    import torch
+
     allocator = tuner.rankallocator
     tensors = {
         f"{kind}/{parameter}": tensor
         for kind in _KINDS
         for parameter, tensor in getattr(allocator, kind).items()
     }
-    return tensors, dict(tuner.peft_config[name].rank_pattern or {})
+    kept: dict[str, list[bool]] = tuner.peft_config[name].rank_pattern or {}
+    return tensors | {f"{_KEPT}/{layer}": torch.tensor(ranks) for layer, ranks in kept.items()}
 
 
-def restore(tuner: Any, name: str, tensors: dict[str, torch.Tensor], kept: dict[str, list[bool]]) -> None:
+def restore(tuner: Any, name: str, tensors: dict[str, torch.Tensor]) -> None:
     """Put back what `of` gave."""
     allocator = tuner.rankallocator
     allocator.reset_ipt()
     devices = {parameter: tensor.device for parameter, tensor in tuner.model.named_parameters()}
+    kept = {}
     for key, tensor in tensors.items():
         kind, _, parameter = key.partition("/")
-        getattr(allocator, kind)[parameter] = tensor.to(devices[parameter])
+        if kind == _KEPT:
+            kept[parameter] = tensor.tolist()
+        else:
+            getattr(allocator, kind)[parameter] = tensor.to(devices[parameter])
     tuner.peft_config[name].rank_pattern = kept or None

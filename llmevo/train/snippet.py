@@ -9,23 +9,38 @@ from typing import Any
 import yaml
 
 from llmevo.genome.train import TrainSettings
+from llmevo.train import methods
 
-_FLAGS: dict[str, dict[str, Any]] = {
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "pissa": {"init_lora_weights": "pissa_niter_16"},
-}
-# axolotl trains LoRA alone; these are LoRA with other settings.
-_IN_AXOLOTL: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"peft_use_rslora": True},
-    "dora": {"peft_use_dora": True},
-    "loraplus": {},
-    "pissa": {"peft_init_lora_weights": _FLAGS["pissa"]["init_lora_weights"]},
-}
+_IN_AXOLOTL = ("lora", "rslora", "dora", "loraplus", "pissa", "qlora")
 _NOTES = {
     "lorafa": "# LoRA-FA: freeze every parameter with `.lora_A.` in its name before training.",
-    "pissa": "# PiSSA changes the base weights: save with `path_initial_model_for_weight_conversion`.",
+    "deltalora": "# Delta-LoRA is not in peft: this is the LoRA whose product moves the base weights, too.\n"
+    "# What was trained here is saved as a LoRA of twice the rank, which plain peft loads.",
+}
+_FROM_BASE = "# The adapter starts from the base weights, which change: save it with\n"
+_FROM_BASE += "# `path_initial_model_for_weight_conversion`."
+_NF4 = """\
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+quantization = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+# model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16, quantization_config=quantization)
+# The adapter that was trained here: PeftModel.from_pretrained(model, "best/adapter")"""
+_PAGED = "paged_adamw_8bit"
+_PLAIN = {  # the configuration's name in peft, and the fields that we set
+    "randlora": ("RandLora", ("r", "randlora_alpha", "randlora_dropout", "projection_prng_key")),
+    "shira": ("Shira", ("r", "random_seed")),
+    "loha": ("LoHa", ("r", "alpha")),
+    "lokr": ("LoKr", ("r", "alpha")),
+    "miss": ("Miss", ("r", "miss_dropout")),
+    "oft": ("OFT", ("oft_block_size",)),
+    "fourierft": ("FourierFT", ("n_frequency", "random_loc_seed", "init_weights")),
+    "vblora": ("VBLoRA", ("r", "vector_length", "vblora_dropout")),
 }
 
 
@@ -49,6 +64,10 @@ def snippet(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
             f"loraplus_lr_ratio={settings.loraplus_ratio!r}, "
             f"loraplus_weight_decay={settings.weight_decay!r}\n)"
         )
+    if settings.adapter == "qlora":
+        parts.append(_NF4)
+    if settings.starts_from_base:
+        parts.append(_FROM_BASE)
     if settings.adapter in _NOTES:
         parts.append(_NOTES[settings.adapter])
     return "\n\n".join(parts) + "\n"
@@ -73,10 +92,14 @@ def axolotl(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
     given["lora_target_modules"] = sorted(adapter["target_modules"])
     if adapter.get("layers_to_transform") is not None:
         given["peft_layers_to_transform"] = adapter["layers_to_transform"]
-    given |= _IN_AXOLOTL[settings.adapter]
+    flags = methods.lora_fields(settings).items()
+    given |= {f"peft_{key}": value for key, value in flags if key not in ("r", "lora_alpha", "lora_dropout")}
+    if settings.adapter == "qlora":  # NF4 and double quantisation are its defaults
+        given |= {"adapter": "qlora", "load_in_4bit": True}
     if settings.adapter == "loraplus":
         given["loraplus_lr_ratio"] = settings.loraplus_ratio
-    given |= {"optimizer": "adamw_torch", "learning_rate": settings.learning_rate}
+    optimizer = _PAGED if settings.adapter == "qlora" else "adamw_torch"
+    given |= {"optimizer": optimizer, "learning_rate": settings.learning_rate}
     given |= {"lr_scheduler" + key: value for key, value in _schedule(settings, steps).items()}
     given |= {
         "warmup_steps": _warm(settings, steps),
@@ -93,8 +116,8 @@ def axolotl(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
         notes.append("# sequence_len is 512 where it is not set, and longer examples are dropped.")
     else:
         given["sequence_len"] = longest
-    if settings.adapter in _NOTES:
-        notes.append(_NOTES[settings.adapter])
+    if settings.starts_from_base:
+        notes.append(_FROM_BASE)
     return "\n".join(notes) + "\n" + yaml.safe_dump(given, sort_keys=False, width=110)
 
 
@@ -122,22 +145,23 @@ def _length(settings: TrainSettings, steps: int, epochs: str) -> dict[str, Any]:
 
 def _peft(settings: TrainSettings, adapter: Mapping[str, Any], steps: int) -> str:
     given: dict[str, Any] = {"target_modules": sorted(adapter["target_modules"])}
-    name: str | None = {"ia3": "IA3Config", "vera": "VeraConfig", "adalora": "AdaLoraConfig"}.get(
-        settings.adapter
-    )
+    name = {"ia3": "IA3Config", "vera": "VeraConfig", "adalora": "AdaLoraConfig"}.get(settings.adapter)
     if settings.adapter == "ia3":
         given["feedforward_modules"] = sorted(adapter["feedforward_modules"])
     elif adapter.get("layers_to_transform") is not None:
         given["layers_to_transform"] = adapter["layers_to_transform"]
-    if settings.adapter == "vera":
+    if settings.adapter in _PLAIN:
+        kind, fields = _PLAIN[settings.adapter]
+        name = f"{kind}Config"
+        given |= {field: adapter[field] for field in fields}
+    elif settings.adapter == "vera":
         given |= {"r": settings.rank, "vera_dropout": settings.dropout}
+        given["projection_prng_key"] = adapter["projection_prng_key"]
     elif settings.adapter == "adalora":
-        given |= {"target_r": settings.rank, "init_r": math.ceil(1.5 * settings.rank), "total_step": steps}
-        given |= {"tinit": steps // 10, "tfinal": steps // 3}
+        given |= methods.adalora_ranks(settings.rank, steps)
         given |= {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
     elif settings.adapter != "ia3":
-        given |= {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-    given.update(_FLAGS.get(settings.adapter, {}))
+        given |= methods.lora_fields(settings)
     given["task_type"] = "CAUSAL_LM"
     name = name or "LoraConfig"
     return f"from peft import {name}\n\npeft_config = {_call(name, given)}"
@@ -160,6 +184,8 @@ def _trl(settings: TrainSettings, steps: int, longest: int | None) -> str:
         "max_length": longest,
         "packing": False,
     }
+    if settings.adapter == "qlora":
+        given["optim"] = _PAGED
     return f"from trl import SFTConfig\n\nargs = {_call('SFTConfig', given)}"
 
 

@@ -24,7 +24,7 @@ _PLAIN = ("lora", "rslora", "loraplus", "lorafa")
 
 def stackable(settings: TrainSettings) -> bool:
     """Whether these settings train the same in a stack as alone: a plain BA, and nothing random."""
-    return settings.adapter in _PLAIN and settings.dropout == 0
+    return settings.adapter in _PLAIN and settings.dropout == 0 and not settings.starts_from_base
 
 
 @final

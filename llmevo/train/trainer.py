@@ -17,7 +17,7 @@ from llmevo.errors import GenomeError, StageError
 from llmevo.genome.sections import HalvingSpec
 from llmevo.genome.train import TrainSettings, TrainSpec, values_of
 from llmevo.space import Params
-from llmevo.train import adapters, data
+from llmevo.train import adapters, data, methods, nf4
 from llmevo.train.data import Example, Part
 from llmevo.train.forward import Forward
 from llmevo.train.loop import Training, mean_of_late, plan, tokens_of, within
@@ -77,7 +77,7 @@ class Trainer:
             )
         self._spec, self._model, self._seed = spec, model, seed
         self._targets = adapters.Targets(model)
-        self._targets.check(spec)
+        methods.check(spec, self._targets)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self._data = data.load(spec.data, tokenizer, context, seed)
         self._check_batches()
@@ -101,6 +101,9 @@ class Trainer:
     def describe(self) -> dict[str, Any]:
         """Facts for the run's record, as JSON: the examples, and how the model is computed."""
         facts = {**self._facts, "packed": self._forward.packed, "head_at_targets": self._forward.partial}
+        if "qlora" in values_of(self._spec.adapter):
+            sizes = [nf4.size(n * m) for n, m in adapters.linear_layers(self._model).values()]
+            facts["nf4"] = {"bytes": sum(sizes), "paged": self._model.device.type == "cuda"}
         return {**facts, "undivided": self._undivided}
 
     @contextmanager
@@ -129,14 +132,14 @@ class Trainer:
         known = None if folder is None or rung is not None else _record(folder, key)
         if folder is not None and known is not None:
             self.reached = int(known.metrics["tokens"])
-            with adapters.loaded(self._model, folder, name):
+            with adapters.loaded(self._model, folder, name, settings):
                 yield known
             return
         examples = self._data.parts["train"]
         steps = plan(examples, settings, self._seed)
         end = len(steps) if rung is None else within(steps, self.shares[rung])
         try:
-            config = adapters.config(settings, self._targets, self._seed, len(steps))
+            config = methods.config(settings, self._targets, self._seed, len(steps))
         except GenomeError as error:
             raise StageError("train", str(error)) from None
         with adapters.adapted(self._model, settings, config, name, self._seed) as adapter:

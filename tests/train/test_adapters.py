@@ -15,13 +15,16 @@ peft = pytest.importorskip("peft")
 
 from llmevo.errors import GenomeError, StageError  # noqa: E402
 from llmevo.genome.train import ADAPTERS, TrainSettings, TrainSpec  # noqa: E402
-from llmevo.train import Trainer, adapters  # noqa: E402
+from llmevo.train import Trainer, adapters, methods  # noqa: E402
 
 PROBE = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "qlora"])  # see test_qlora.py
 @pytest.mark.usefixtures("untouched")
+@pytest.mark.filterwarnings(  # of plain peft, about RandLoRA and SHiRA
+    "ignore:Specified to not save basis_A and basis_B", "ignore:Sparse invariant checks are implicitly"
+)
 def test_an_adapter_learns_and_plain_peft_computes_the_same(
     adapter: str,
     tiny: Any,
@@ -60,7 +63,7 @@ def test_lorafa_freezes_a_and_loraplus_speeds_up_b(
             assert trained.metrics["steps"] == 1
         settings = TrainSettings(rank=4)
         targets = adapters.Targets(tiny)
-        with adapters.adapted(tiny, settings, adapters.config(settings, targets, 0, 1), "cand0000", 0) as a:
+        with adapters.adapted(tiny, settings, methods.config(settings, targets, 0, 1), "cand0000", 0) as a:
             start = {k: v.clone() for k, v in a._state().items()}
         end = load_file(tmp_path / adapter / "adapter_model.safetensors")
         steps = [max(float((end[k] - start[k]).abs().max()) for k in end if side in k) for side in "AB"]
@@ -196,7 +199,7 @@ def test_targets_of_a_gpt2_that_names_two_modules_alike() -> None:
     targets = adapters.Targets(model)
     assert targets.suffixes(TrainSettings(target_modules="attn")) == ["attn.c_proj", "c_attn"]
     settings = TrainSettings(target_modules="attn", rank=2, layers=1)
-    with adapters.adapted(model, settings, adapters.config(settings, targets, 0, 1), "cand0000", 0):
+    with adapters.adapted(model, settings, methods.config(settings, targets, 0, 1), "cand0000", 0):
         wrapped = {n for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert wrapped == {"transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"}
     assert not any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules())

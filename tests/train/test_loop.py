@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft")
 
 from llmevo.errors import StageError  # noqa: E402
 from llmevo.genome.train import TrainSettings  # noqa: E402
-from llmevo.train import Trainer, adapters  # noqa: E402
+from llmevo.train import Trainer, adapters, methods  # noqa: E402
 from llmevo.train.data import Example  # noqa: E402
 from llmevo.train.forward import Forward  # noqa: E402
 from llmevo.train.loop import Training, learning_rate, mean_of_late, plan, within  # noqa: E402
@@ -28,7 +28,7 @@ def run(
     """The losses of a training, and the adapter's weights after it."""
     targets = adapters.Targets(model)
     steps = plan(examples, settings, 0)
-    config = adapters.config(settings, targets, 0, len(steps))
+    config = methods.config(settings, targets, 0, len(steps))
     with adapters.adapted(model, settings, config, "cand0000", 0) as adapter:
         training = Training(Forward(model, examples), adapter, examples, settings, 0, steps)
         training.run(model, state, **options)
@@ -134,7 +134,13 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(
     "adapter",
-    ["lora", *(pytest.param(a, marks=pytest.mark.slow) for a in ("dora", "loraplus", "pissa", "vera"))],
+    [
+        "lora",
+        *(
+            pytest.param(a, marks=pytest.mark.slow)
+            for a in ("dora", "loraplus", "pissa", "vera", "deltalora")
+        ),
+    ],
 )
 def test_a_training_goes_on_where_it_was_left(
     tiny: Any, facts: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: str

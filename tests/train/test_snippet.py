@@ -19,6 +19,7 @@ SCHEMA: dict[str, Any] = {
     **dict.fromkeys(("lora_dropout", "learning_rate", "weight_decay", "max_grad_norm", "num_epochs"), float),
     **dict.fromkeys(("adapter", "lr_scheduler", "optimizer", "peft_init_lora_weights"), str),
     **dict.fromkeys(("peft_use_rslora", "peft_use_dora", "sample_packing", "train_on_inputs"), bool),
+    "load_in_4bit": bool,
     **dict.fromkeys(("lora_target_modules", "peft_layers_to_transform"), list),
     "loraplus_lr_ratio": float,
     "lr_scheduler_kwargs": dict,
@@ -39,7 +40,7 @@ def test_axolotl_knows_every_key_or_a_comment_says_why(adapter: str, schedule: s
     if found is None:
         assert f"not {adapter}" in text
         return
-    assert found["adapter"] == "lora"
+    assert found["adapter"] == ("qlora" if adapter == "qlora" else "lora")
     assert found["lora_target_modules"] == ["q_proj", "v_proj"]
     assert found["max_steps"] == 40
     assert "num_epochs" not in found

@@ -18,7 +18,7 @@ from hypothesis import strategies as st  # noqa: E402
 from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 
 from llmevo.genome.train import TrainSettings  # noqa: E402
-from llmevo.train import Trainer, adapters  # noqa: E402
+from llmevo.train import Trainer, adapters, methods  # noqa: E402
 from llmevo.train.data import Example, lay_out  # noqa: E402
 from llmevo.train.forward import Forward  # noqa: E402
 from llmevo.train.loop import Training, learning_rate, plan  # noqa: E402
@@ -64,7 +64,7 @@ def begun(
 ) -> Candidate:
     """A candidate before its first step, or where the state's file has it."""
     steps = plan(examples, chosen, seed)[:30]
-    config = adapters.config(chosen, adapters.Targets(model), seed, len(steps))
+    config = methods.config(chosen, adapters.Targets(model), seed, len(steps))
     with adapters.adapted(model, chosen, config, "cand0000", seed) as adapter:
         training = Training(Forward(model, examples), adapter, examples, chosen, seed, steps)
         if state is not None:
@@ -77,7 +77,7 @@ def alone(
 ) -> tuple[list[float], dict[str, Any]]:
     """The losses and weights of thirty steps of real peft, with its own optimizers, one example a row."""
     steps = plan(examples, chosen, seed)[:30]
-    config = adapters.config(chosen, adapters.Targets(model), seed, len(steps))
+    config = methods.config(chosen, adapters.Targets(model), seed, len(steps))
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(model, config)
     if chosen.adapter == "loraplus":
@@ -156,7 +156,7 @@ def test_a_survivor_goes_on_alone_and_back_in_a_stack(
     first.run([3, 5])
     chosen, path = FOUR[2], tmp_path / "state.safetensors"
     steps = plan(facts, chosen, 1)[:30]
-    config = adapters.config(chosen, adapters.Targets(tiny), 1, 30)
+    config = methods.config(chosen, adapters.Targets(tiny), 1, 30)
     with adapters.adapted(tiny, chosen, config, "cand0001", 1) as adapter:
         training = Training(Forward(tiny, facts), adapter, facts, chosen, 1, steps)
         write(first.state(1), tiny, "cand0001", training.optimizer)

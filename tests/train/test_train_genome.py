@@ -9,7 +9,7 @@ import yaml
 
 from llmevo import genome as genomes
 from llmevo.errors import GenomeError
-from llmevo.genome import Genome
+from llmevo.genome import Genome, TrainSettings
 from llmevo.recipe import Recipes
 from llmevo.space import Categorical, Condition, Float, Int
 
@@ -91,6 +91,19 @@ def test_genes_that_only_some_adapters_have_are_conditional() -> None:
     assert (settings.adapter, settings.rank, settings.batch_size) == ("ia3", 32, 8)
 
 
+def test_alpha_may_follow_the_rank() -> None:
+    genome = parsed({"rank": {"choice": [8, 32]}, "alpha_over_rank": {"choice": [1, 2, 4]}})
+    assert genome.train is not None
+    space = Recipes(genome, 4).space
+    assert space.start() == {"train.rank": 32, "train.alpha_over_rank": 1}
+    assert genome.train.settings({"train.rank": 8, "train.alpha_over_rank": 4}).alpha == 32.0
+    assert genome.train.settings(space.start()) == TrainSettings()
+    assert genomes.parse(genomes.dump(genome)) == genome
+    fixed = parsed({"rank": 8, "alpha_over_rank": 2, "init": "orthogonal", "learning_rate": LOG}).train
+    assert fixed is not None
+    assert (fixed.settings({}).alpha, fixed.settings({}).init) == (16.0, "orthogonal")
+
+
 def test_a_gene_starts_at_its_own_init_or_where_the_default_is_not_allowed_in_the_middle() -> None:
     space = Recipes(
         parsed(
@@ -124,10 +137,17 @@ def test_random_init_leaves_the_default_alone() -> None:
         ({"rank": True}, "`rank` must be a whole number >= 1, but got True"),
         ({"rank": None}, "`rank` must be a whole number >= 1, but got None"),
         ({"rank": {"choice": [4, "big"]}}, "`rank` must be a whole number >= 1, but got 'big'"),
-        ({"rank": {"float": [1, 8]}, "alpha": 0}, "`alpha` must be a number > 0, but got 0"),
+        ({"rank": {"float": [1, 8]}, "alpha": 0}, "`alpha` must be a number > 0, or null, but got 0"),
         ({"learning_rate": {"float": [0, 1]}}, "`learning_rate` must be a number > 0 and <= 10, but got 0.0"),
         ({"dropout": 1}, "`dropout` must be a number >= 0 and < 1, but got 1"),
-        ({"adapter": "qlora"}, "`adapter` must be one of lora, rslora, .* but got 'qlora'"),
+        ({"adapter": "qalora"}, "`adapter` must be one of lora, rslora, .* but got 'qalora'"),
+        ({"adapter": {"choice": ["lora", "prefix_tuning"]}}, "must not be prefix_tuning: it adds tokens"),
+        ({"alpha": 16, "alpha_over_rank": 2}, "`alpha` and `alpha_over_rank` exclude each other"),
+        ({"init": "eva"}, "`init` must be one of default, gaussian, orthogonal, pissa, olora, but got 'eva'"),
+        ({"init": "olora", "adapter": "qlora"}, "`init` must not be pissa or olora with the adapter qlora"),
+        ({"init": "orthogonal", "rank": {"int": [4, 64]}}, "`rank` must be even with `init: orthogonal`"),
+        ({"init": {"choice": ["default", "gaussian"]}, "adapter": "pissa"}, "`init` has no effect with"),
+        ({"dropout": {"float": [0, 0.1]}, "adapter": "deltalora"}, "`dropout` has no effect with"),
         ({"target_modules": "all"}, "`target_modules` must be one of attn, mlp, all-linear, but got 'all'"),
         ({"target_modules": []}, "`train.target_modules` must have at least 1 item"),
         ({"schedule": ["wsd"]}, "`schedule` must be one of constant, wsd, but got the list"),
