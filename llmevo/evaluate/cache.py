@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
 import sys
 import zlib
@@ -17,6 +16,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
+
+from llmevo import usercache
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -40,13 +41,8 @@ def open_cache() -> AnswerCache | None:
     Returns:
         None where `$LLMEVO_CACHE` is `off`, `0` or empty.
     """
-    folder = os.environ.get("LLMEVO_CACHE", "~/.cache/llmevo")
-    if folder.strip().lower() in ("", "0", "off"):
-        return None
-    try:
-        return AnswerCache(Path(folder).expanduser() / "answers.db")
-    except RuntimeError:  # no home folder: a container's nameless user
-        return None
+    folder = usercache.folder()
+    return None if folder is None else AnswerCache(folder / "answers.db")
 
 
 @final

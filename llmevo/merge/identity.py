@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmevo.merge import headers
+from llmevo.merge import hashes, headers
 from llmevo.merge.references import Located
 from llmevo.merge.resolve import Resolved, Skeleton
 
 # To be raised with every change to the fast mode's arithmetic: answers that are kept are for the old weights.
-ARITHMETIC = 1
+ARITHMETIC = 2
 _DRAWING = ("dare_ties", "dare_linear", "della", "della_linear")
 
 
@@ -26,8 +26,7 @@ def content(located: Located) -> str:
         ]
         files.append((located.adapter / "adapter_config.json", True))
     for path, of_adapter in files:
-        with path.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "blake2b").digest() + bytes([of_adapter]))
+        digest.update(hashes.of_file(path) + bytes([of_adapter]))
     return digest.hexdigest()
 
 
