@@ -27,9 +27,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_THREADS = 2
+THREADS = 2
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, str(_THREADS))
+    os.environ.setdefault(_name, str(THREADS))
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 RESULTS = Path(__file__).resolve().parent / "results" / "merging.json"
@@ -145,7 +145,7 @@ def _read(arrays: list[Any]) -> float:
 
     step = 1 << 21
     parts = [slice(low, low + step) for low in range(0, len(arrays[0]), step)]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda part: mix(arrays[0][:1], [a[:1] for a in arrays[1:]]), parts[:1]))
         start = time.perf_counter()
         list(pool.map(lambda part: mix(arrays[0][part], [a[part] for a in arrays[1:]]), parts))
@@ -222,7 +222,7 @@ def measure(methods: list[str], root: Path, runs: int) -> None:
     from llmevo.genome import MergeSpec
     from llmevo.merge import Merger
 
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(THREADS)
     base, parents = make_models(root)
     merger = Merger(MergeSpec(models=[str(p) for p in parents], base_model=str(base)))
     tensors = [load_file(folder / "model.safetensors") for folder in (base, *parents)]
@@ -290,7 +290,7 @@ def machine() -> dict[str, str]:
         platform.processor(),
     )
     names = ("mergekit", "torch", "numba", "numpy")
-    return {"cpu": cpu, "threads": str(_THREADS), "python": platform.python_version()} | {
+    return {"cpu": cpu, "threads": str(THREADS), "python": platform.python_version()} | {
         name: version(name) for name in names
     }
 

@@ -308,8 +308,13 @@ def test_what_was_loaded_and_what_is_cut_off_is_said_once(text: str, tmp_path: P
         items = {"scored": 4, "halved": 3} if (job.number, job.split) == (1, "search") else {"scored": 4}
         return replace(prefix(job), metrics={"t": {"acc,none": 0.5, "truncated,none": 0.2}}, items=items)
 
-    models = {"a": {"bytes": 3 * 2**28, "where": "cpu"}, "b": {"bytes": 2**30, "where": "file"}}
+    models = {
+        "a": {"bytes": 3 * 2**28, "where": "cpu", "form": "weights"},
+        "b": {"bytes": 2**30, "where": "file", "form": "weights"},
+        "c": {"bytes": 2**20, "where": "cpu", "form": "factors"},
+    }
     memory = {"mode": "streamed", "device": "cpu", "models": models, "merged": 2**28, "available": 2**33}
+    memory |= {"ranks": 2**21, "staging": 0}
     packed = {
         "requests": {"packed": 8, "plain": 2},
         "tokens": {"asked": 90, "computed": 30},
@@ -318,8 +323,9 @@ def test_what_was_loaded_and_what_is_cut_off_is_said_once(text: str, tmp_path: P
     facts = {**FACTS, "memory": memory, "packed": packed}
     observer = Recorder()
     run(text, tmp_path / "run", work=cut, facts=facts, observer=observer, limit=12)
-    held = "1 models held (768 MiB), 1 read from their files for each merge, the merged model 256 MiB"
-    assert observer.notes.count(f"memory: streamed on cpu, {held}, 8 GiB free") == 1
+    held = "1 model held (768 MiB), 1 read from their files for each merge, 1 adapter as factors (1 MiB)"
+    rest = "ranks for DELLA 2 MiB, the merged model 256 MiB, 8 GiB free"
+    assert observer.notes.count(f"memory: streamed on cpu, {held}, {rest}") == 1
     share = "packed: 8 of 10 requests, 30 tokens computed for 90; the others one by one: rolling"
     assert observer.notes.count(share) == 1
     rungs = "rungs: 4, 8, 16 of 30 items, after each of which one trial in 2 goes on"

@@ -21,8 +21,9 @@ dare_*, della_*                     masks from a counter's hash      the same di
 all others                          mergekit's own                   0
 ==================================  ===============================  =====================================
 
-Masked methods have a fast form for bfloat16 models. The models that count, their weights and masks follow
-from the recipe as mergekit's planner resolves it.
+A LoRA that is held as factors is added to its base in float32; mergekit rounds it to the models' dtype first,
+which is half a unit of each adapted matrix, times its weight, beside the bounds above. The models that count,
+their weights and masks follow from the recipe as mergekit's planner resolves it.
 """
 
 from llmevo.merge.export import export as export

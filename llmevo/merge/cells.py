@@ -1,19 +1,20 @@
 """What the inner loops on the CPU are made of, compiled by numba; imported only where they are wanted.
 
 bfloat16 is held as uint16: it is the upper half of a float32, so that reading is a shift and writing an
-integer rounding to nearest even. Sources and outputs are uint16 (bfloat16) or float32 arrays; accumulators
-are float32. Every loop returns the largest magnitude that it wrote as the bits of a float32, from which the
-caller sees whether a value is not finite, at no cost.
+integer rounding to nearest even. float16 is held as int16, and the processor converts it. Sources and outputs
+are uint16, int16 or float32 arrays; accumulators are float32. Every loop returns the largest magnitude that
+it wrote as the bits of a float32, from which the caller sees whether a value is not finite, at no cost.
 
 Loops run over whole arrays from zero, since an index that might be negative keeps LLVM from vectorising.
 """
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import numba
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, overload
 
@@ -83,6 +84,32 @@ def narrow(context: Any, value: Any) -> Any:
 
 
 @intrinsic
+def widen_half(context: Any, bits: Any) -> Any:
+    """The float32 of a float16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+@intrinsic
+def narrow_half(context: Any, value: Any) -> Any:
+    """The float16 nearest to a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.int16(types.float32), generate
+
+
+def converts_halves() -> bool:
+    """Whether the processor converts float16; LLVM would call a function that numba has not."""
+    features = binding.get_host_cpu_features()
+    return bool(features.get("f16c", True)) if features else platform.machine() in ("arm64", "aarch64")
+
+
+@intrinsic
 def magnitude(context: Any, value: Any) -> Any:
     """The bits of a float32's absolute value, which order as the values do."""
 
@@ -101,6 +128,8 @@ def get(array, i):
 def _get(array, i):
     if array.dtype == types.uint16:
         return lambda array, i: widen(array[i])
+    if array.dtype == types.int16:
+        return lambda array, i: widen_half(array[i])
     return lambda array, i: array[i]
 
 
@@ -113,6 +142,8 @@ def fit(like, value):
 def _fit(like, value):
     if like.dtype == types.uint16:
         return lambda like, value: nearest(value)
+    if like.dtype == types.int16:
+        return lambda like, value: widen_half(narrow_half(value))
     return lambda like, value: value
 
 
@@ -131,6 +162,15 @@ def _put(out, like, i, value):
             return magnitude(widen(bits))
 
         return store
+
+    if out.dtype == types.int16:
+
+        def store_half(out, like, i, value):
+            bits = narrow_half(value)
+            out[i] = bits
+            return magnitude(widen_half(bits))
+
+        return store_half
 
     def keep(out, like, i, value):
         rounded = fit(like, value)

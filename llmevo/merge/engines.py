@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from llmevo.merge.layout import Arena
 from llmevo.merge.numba_engine import NumbaEngine
+from llmevo.merge.streamed_engine import StreamedEngine
 from llmevo.merge.torch_engine import TorchEngine
 from llmevo.merge.works import Engine
 
@@ -15,11 +15,22 @@ if TYPE_CHECKING:
     import torch
 
 
-def engine_for(arena: Arena, device: torch.device, dtypes: Iterable[torch.dtype]) -> Engine:
-    """Return numba's engine for what it knows: main memory, bfloat16 and float32; torch's for the rest."""
+def engine_for(arena: Arena, device: torch.device, *, streamed: bool) -> Engine:
+    """Return numba's engine in main memory, where it is installed and knows the dtypes; torch's for the rest.
+
+    Args:
+        arena: The buffers.
+        device: Where merges are computed.
+        streamed: Whether models lie elsewhere. What is in main memory, or in a mapped file, needs no copy for
+            a merge on the CPU.
+    """
     import torch
 
-    known = {torch.bfloat16, torch.float32}
-    if device.type == "cpu" and set(dtypes) <= known and importlib.util.find_spec("numba") is not None:
-        return NumbaEngine(arena)
-    return TorchEngine(arena)
+    dtypes = {buffer.dtype for buffer in arena.buffers}
+
+    if device.type == "cpu" and importlib.util.find_spec("numba") is not None:
+        from llmevo.merge.cells import converts_halves
+
+        if dtypes <= {torch.bfloat16, torch.float32} or converts_halves():
+            return NumbaEngine(arena)
+    return StreamedEngine(arena, device) if streamed else TorchEngine(arena)

@@ -14,10 +14,12 @@ from llmevo.merge import coefficients, masks, spherical
 from llmevo.merge.coefficients import Method, Weights
 from llmevo.merge.layout import Arena, Slot
 from llmevo.merge.resolve import Resolved, Resolver, Skeleton, Target
-from llmevo.merge.works import Engine, Sum, Work
+from llmevo.merge.works import Engine, Product, Sum, Term, Work
 
 if TYPE_CHECKING:
     import torch
+
+    from llmevo.merge.adapters import Factor
 
 # One row of numbers for each target: equal rows give equal tensors.
 Rows = NDArray[np.floating[Any]]
@@ -55,6 +57,7 @@ class Bound:
         out: The outputs' slots.
         sources: The models' slots for each target.
         base: Index of the base model; None where targets have none, or different ones.
+        scales: What the products of the models' factors count, `[targets, models]`; 0 where there are none.
     """
 
     def __init__(self, skeleton: Skeleton, arena: Arena, outputs: Mapping[str, Slot]) -> None:
@@ -80,6 +83,12 @@ class Bound:
         self.bases = [targets[i].base for i in self.order]
         # Models that have a tensor in common: the first of them stands for all.
         self.first = np.array([[row.index(slot) for slot in row] for row in self.sources])
+        self._factors = [
+            tuple(None if f is None else _slots(f, arena) for f in targets[i].factors) for i in self.order
+        ]
+        self._columns = [targets[i].tensors[0].shape[-1] for i in self.order]
+        scales = [[0.0 if f is None else f.scale for f in targets[i].factors] for i in self.order]
+        self.scales = np.array(scales)
         rows = [(out, *sources) for out, sources in zip(self.out, self.sources, strict=True)]
         follows = [False] + [
             all(a.precedes(b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(rows)
@@ -87,6 +96,8 @@ class Bound:
         self.follows = np.array(follows, dtype=bool)
         self.follows[1:] &= np.array([a == b for a, b in itertools.pairwise(self.bases)], dtype=bool)
         self.follows[1:] &= (self.first[1:] == self.first[:-1]).all(axis=1)
+        whole = (self.scales == 0).all(axis=1)
+        self.follows[1:] &= whole[1:] & whole[:-1]
 
     def grams(self, shifts: bool) -> NDArray[np.float64]:
         """Return the dot products of the models' tensors, or of their differences from the base; kept.
@@ -98,7 +109,11 @@ class Bound:
         return self._grams[shifts]
 
     def effective(self, weights: Weights) -> NDArray[np.float32]:
-        """Return the weights of distinct tensors, in the output buffer's order; 0 for what adds nothing."""
+        """Return what each thing is multiplied with, in the output buffer's order; 0 for what adds nothing.
+
+        Returns:
+            `[targets, 2 x models]`: the weights of distinct tensors, and those of the products of factors.
+        """
         values = weights.values[self.order]
         result = np.zeros_like(values)
         rows = np.arange(len(values))[:, None]
@@ -106,11 +121,16 @@ class Bound:
         if weights.shifts:
             bases = np.array(self.bases)
             result[rows[:, 0], self.first[rows[:, 0], bases]] = 0
-        with np.errstate(over="ignore"):
-            return result.astype(np.float32)
+        products = values.copy()
+        if weights.shifts:
+            # Differences are taken from the base's product too.
+            products[rows[:, 0], bases] = 1 - values.sum(axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.hstack([result, products * self.scales]).astype(np.float32)
 
-    def work(self, start: int, stop: int, weights: NDArray[np.float32], *, shifts: bool) -> Sum:
-        """Return the work of neighbouring targets with equal weights."""
+    def work(self, start: int, stop: int, row: NDArray[np.float32], *, shifts: bool) -> Sum | Product:
+        """Return the work of neighbouring targets with equal rows of `effective`."""
+        weights, products = np.split(row, 2)
         base = self.bases[start] if shifts else None
         used = [j for j in range(len(weights)) if weights[j] != 0]
         # A sum needs something to be a sum of, if all weights are 0.
@@ -118,7 +138,15 @@ class Bound:
             used = [0]
         sources = tuple(_span(self.sources[start][j], self.sources[stop - 1][j]) for j in used)
         own = None if base is None else _span(self.sources[start][base], self.sources[stop - 1][base])
-        return Sum(_span(self.out[start], self.out[stop - 1]), sources, tuple(map(float, weights[used])), own)
+        plain = Sum(
+            _span(self.out[start], self.out[stop - 1]), sources, tuple(map(float, weights[used])), own
+        )
+        terms = tuple(
+            Term(*factor, float(weight))
+            for factor, weight in zip(self._factors[start], products, strict=True)
+            if factor is not None and weight != 0
+        )
+        return Product(plain, terms, self._columns[start]) if terms else plain
 
 
 @final
@@ -147,8 +175,6 @@ class FastMerge:
         self._outputs = outputs
         self._dtype = dtype
         self._masks = masks.Masks(arena, engine)
-        # Thresholds are found in histograms of bfloat16 patterns.
-        self._has_patterns = str(dtype) == "torch.bfloat16"
         self._bound: dict[str, Bound] = {}
         self._last: tuple[str, Rows] | None = None
 
@@ -159,13 +185,15 @@ class FastMerge:
     def resolve(self, recipe: dict[str, Any]) -> Resolved | None:
         """Return the recipe with its parameters resolved; None if it has no fast form."""
         method = recipe.get("merge_method")
-        if method not in METHODS and not (method in masks.METHODS and self._has_patterns):
+        if method not in METHODS and method not in masks.METHODS:
             return None
         wanted = str(self._dtype).removeprefix("torch.")
         if recipe.get("dtype") not in (None, wanted) or recipe.get("out_dtype") not in (None, wanted):
             return None
         resolved = self._resolver.resolve(recipe)
-        return resolved if resolved is not None and self._bind(resolved.skeleton).covers else None
+        if resolved is None or (method in masks.METHODS and resolved.skeleton.factored):
+            return None  # masks choose elements, and factors have none
+        return resolved if self._bind(resolved.skeleton).covers else None
 
     def _bind(self, skeleton: Skeleton) -> Bound:
         bound = self._bound.get(skeleton.key)
@@ -237,7 +265,13 @@ def _gram(target: Target, shifts: bool) -> NDArray[np.float64]:
     """Multiply tensors with each other in float64, a block at a time."""
     import torch
 
-    flat = [tensor.reshape(-1) for tensor in target.tensors]
+    added = [target.difference(j) for j in range(len(target.tensors))]
+    flat = [
+        (tensor if delta is None else tensor.float() + delta).reshape(-1)
+        for tensor, delta in zip(target.tensors, added, strict=True)
+    ]
+    if any(delta is not None for delta in added):
+        flat = [tensor.float() for tensor in flat]
     gram = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
     for low in range(0, flat[0].numel(), _BLOCK):
         block = torch.stack([tensor[low : low + _BLOCK] for tensor in flat])
@@ -247,6 +281,10 @@ def _gram(target: Target, shifts: bool) -> NDArray[np.float64]:
         gram += block @ block.T
     result: NDArray[np.float64] = gram.cpu().numpy()
     return result
+
+
+def _slots(factor: Factor, arena: Arena) -> tuple[Slot, Slot, int]:
+    return arena.slot(factor.up), arena.slot(factor.down), factor.down.shape[0]
 
 
 def _span(first: Slot, last: Slot) -> Slot:

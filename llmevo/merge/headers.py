@@ -11,6 +11,7 @@ from typing import Any, final
 from llmevo.errors import GenomeError
 from llmevo.merge.references import Located
 
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -113,6 +114,12 @@ def tensors(folder: Path, stem: str, name: str) -> dict[str, Tensor]:
         for file in weight_files(folder, stem, name)
         for key, shape, dtype in _header(file, name)
     }
+
+
+def stored_in(located: Located, dtype: Any) -> bool:
+    """Whether all tensors of a model's own files are in a torch dtype."""
+    stored = {t.dtype for t in tensors(located.folder, "model", located.name).values()}
+    return {_DTYPES.get(name) for name in stored} == {str(dtype).removeprefix("torch.")}
 
 
 def vocabulary(folder: Path) -> dict[int, str]:

@@ -57,14 +57,22 @@ class Arena:
         return Slot(len(self.buffers) - 1, 0, tensor.numel())
 
     def allocate(
-        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        pinned: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """Make one zeroed buffer and return its views by name, in the order of `shapes`."""
+        """Make one zeroed buffer and return its views by name, in the order of `shapes`.
+
+        Pinned memory, which must be main memory, is copied to a GPU while the GPU goes on.
+        """
         offsets, total = {}, 0
         for name, shape in shapes.items():
             offsets[name] = total
             total += padded(_size(shape))
-        buffer = _zeros(total, dtype, device)
+        buffer = _zeros(total, dtype, device, pinned)
         self._known[buffer.untyped_storage().data_ptr()] = len(self.buffers)
         self.buffers.append(buffer)
         return {
@@ -106,11 +114,11 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def _zeros(total: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(total: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> torch.Tensor:
     import torch
 
-    if device.type != "cpu":
-        return torch.zeros(total, dtype=dtype, device=device)
+    if device.type != "cpu" or pinned:
+        return torch.zeros(total, dtype=dtype, device=device, pin_memory=pinned)
     import numpy as np
 
     # numpy asks the kernel for huge pages, torch does not: streams of many buffers miss the TLB without them.

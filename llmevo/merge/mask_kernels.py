@@ -115,9 +115,18 @@ def masked(
 
 @jit
 def histogram(base, a, counts):
-    """Count the bfloat16 patterns of the differences' magnitudes."""
+    """Count the upper 15 bits of the differences' magnitudes, as float32."""
     for i in range(a.size):
         counts[magnitude(fit(base, get(a, i) - get(base, i))) >> np.uint32(16)] += 1
+
+
+@jit
+def histogram_within(base, a, upper, counts):
+    """Count the lower 16 bits of the magnitudes that have these upper ones."""
+    for i in range(a.size):
+        bits = magnitude(fit(base, get(a, i) - get(base, i)))
+        if bits >> np.uint32(16) == upper:
+            counts[bits & np.uint32(0xFFFF)] += 1
 
 
 @jit

@@ -85,7 +85,7 @@ class Masks:
             out,
             base,
             tuple(slots[j] for j in used),
-            tuple(rounded(float(weight[j])) for j in used),
+            tuple(rounded(float(weight[j]), self._dtype(base)) for j in used),
             tuple(masks),
             METHODS[skeleton.method],
             bool(target.constants["normalize"]),
@@ -136,9 +136,12 @@ class Masks:
         known = self._known.get((base, source, key, ranked is not None))
         if known is None:
             ranks = None if ranked is None else self._rank(base, source, ranked)
-            known = Magnitudes(self._engine, base, source, key, ranks)
+            known = Magnitudes(self._engine, base, source, key, ranks, self._dtype(base))
             self._known[base, source, key, ranked is not None] = known
         return known
+
+    def _dtype(self, slot: Slot) -> str:
+        return str(self._arena.buffers[slot.buffer].dtype).removeprefix("torch.")
 
     def _rank(self, base: Slot, source: Slot, shape: tuple[int, ...]) -> Slot:
         """Return the ranks of a difference's magnitudes in each row, from 0 to 255; made once."""

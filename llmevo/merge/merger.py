@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, final
 
 from llmevo.errors import GenomeError, StageError
 from llmevo.genome import MergeSpec, MergeStageSpec
-from llmevo.merge import identity, layout, memory, plan, weights
+from llmevo.merge import adapters, identity, layout, memory, plan, weights
 from llmevo.merge.engines import engine_for
-from llmevo.merge.fast import FastMerge
+from llmevo.merge.fast import METHODS, FastMerge
 from llmevo.merge.layout import Arena
 from llmevo.merge.parents import check_parents, models_of
 from llmevo.merge.references import Located, canonical, locate, plain_reference, substitute
@@ -40,7 +40,9 @@ class Merger:
     in float32 and rounded once, and only over tensors whose weights changed; others are merged exactly.
 
     Memory: every model of the genome once in `spec.dtype` (tensors in which models are equal are shared), the
-    resident model in `dtype`, and one tensor's temporaries. `bytes_held` counts the first.
+    resident model in `dtype`, and one tensor's temporaries. `bytes_held` counts the first. Where all methods
+    of the genome are sums of models, a LoRA is held as its two factors, in float32, and mergekit's arithmetic
+    is served with matrices made from them one at a time.
 
     Args:
         spec: The merge half of the genome. It is checked with `check_parents` first.
@@ -76,22 +78,27 @@ class Merger:
         self._device = torch.device(device)
         self._dtype = _torch_dtype(spec.dtype)
         located = self._located = {where.name: where for where in map(locate, models_of(spec))}
+        # Masks choose elements, which factors have not; mergekit's own arithmetic wants them too.
+        summed = stage.mode == "fast" and all(method in METHODS for method in spec.methods)
+        factors = adapters.kept(located, self._dtype) if summed else {}
         self.memory = memory.plan(
             located,
             dtype=self._dtype,
             resident_dtype=_torch_dtype(dtype),
             device=self._device,
             memory=stage.memory,
+            factors=factors,
+            ranked=_ranked(spec, located) if stage.mode == "fast" else (),
         )
         first = located[canonical(models_of(spec)[0])]
         self.model = _resident(first, self._device, _torch_dtype(dtype))
         self.tokenizer = _tokenizer(first)
         self._arena = Arena()
         layout.place(self.model, self._arena)
-        self._load(located)
+        self._load(located, factors)
         self._arch = plan.architecture([plain_reference(where.folder) for where in located.values()])
-        self._resolver = Resolver(lambda recipe: plan.trace(*self._plannable(recipe)))
-        self._engine = engine_for(self._arena, self._device, [b.dtype for b in self._arena.buffers])
+        self._resolver = Resolver(lambda recipe: plan.trace(*self._plannable(recipe)), self._loaders)
+        self._engine = engine_for(self._arena, self._device, streamed=self.memory["mode"] == "streamed")
         parameters = self.model.named_parameters(remove_duplicate=False)
         outputs = {name: self._arena.slot(p.data) for name, p in parameters}
         self._fast = FastMerge(self._arena, self._engine, self._resolver, outputs, self._dtype)
@@ -122,7 +129,8 @@ class Merger:
             if resolved is not None:
                 return self._fast.merge(resolved, seed)
             self._fast.forget()
-            with self._random_state(seed):
+            whole = {name: weights.Whole(model, self._device) for name, model in self._loaders.items()}
+            with self._random_state(seed), weights.loaders(whole):
                 return self._write(plan.steps(*self._plannable(recipe)))
 
     def identity(self, recipe: dict[str, Any], seed: int, exact: bool = False) -> str:
@@ -140,7 +148,7 @@ class Merger:
         """
         with self._refusals():
             resolved = self._resolver.resolve(recipe)
-            fast = not exact and self._fast_form(recipe) is not None
+            form = None if exact else self._fast_form(recipe)
             if resolved is not None:
                 name = identity.of_resolved(resolved, self._contents)
             else:
@@ -151,7 +159,9 @@ class Merger:
         facts = {
             "weights": name,
             "seed": seed if identity.draws(recipe.get("merge_method")) else None,
-            "arithmetic": [identity.ARITHMETIC, self._engine.name] if fast else version("mergekit"),
+            "arithmetic": version("mergekit")
+            if form is None
+            else [identity.ARITHMETIC, self._engine.name, form.skeleton.factored],
             "dtypes": [recipe.get("dtype"), recipe.get("out_dtype"), str(self._dtype), str(self.model.dtype)],
             "device": self._device.type,
         }
@@ -178,28 +188,40 @@ class Merger:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StageError("merge", f"{type(error).__name__}: {reason[:500]}") from error
 
-    def _load(self, located: dict[str, Located]) -> None:
+    def _load(self, located: dict[str, Located], factors: Mapping[str, Mapping[str, float]]) -> None:
+        import torch
+
         self._references: dict[str, ModelReference] = {}
         self._loaders: dict[ModelReference, weights.Weights] = {}
         self._lossless = True
-        for name, where in located.items():
+        places = self.memory["models"]
+        # Models without factors first: the others are built on them.
+        every = memory.bases(located, factors)
+        held: dict[ModelReference, weights.Weights] = {}
+        host = torch.device("cpu")
+        for name, where in every.items():
             reference = _reference(where)
-            self._references[name] = reference
-            if reference not in self._loaders:
-                held, lossless = weights.load(
+            if name not in factors and reference not in held:
+                held[reference], lossless = weights.load(
                     where,
                     dtype=self._dtype,
-                    device=self._device,
+                    device=self._device if places[name]["where"] == str(self._device) else host,
                     arena=self._arena,
-                    streamed=self.memory["models"][name]["where"] == "file",
-                    others=list(self._loaders.values()),
+                    streamed=places[name]["where"] == "file",
+                    pinned=places[name]["where"] == "host" and self._device.type == "cuda",
+                    others=list(held.values()),
                 )
-                self._loaders[reference] = held
                 self._lossless = self._lossless and lossless
-        places = self.memory["models"].items()
-        streamed = {self._references[name] for name, place in places if place["where"] == "file"}
-        resident = [model for reference, model in self._loaders.items() if reference not in streamed]
-        self.bytes_held = layout.count_bytes(t for model in resident for t in model.tensors.values())
+        on_disk = {_reference(every[name]) for name, place in places.items() if place["where"] == "file"}
+        counted = [t for ref, model in held.items() if ref not in on_disk for t in model.tensors.values()]
+        for name, where in located.items():
+            reference = self._references[name] = _reference(where)
+            if name in factors and reference not in held:
+                loaded = adapters.load(where, factors[name], self._arena, self._device)
+                held[reference] = weights.Weights(held[plain_reference(where.folder)].tensors, loaded)
+                counted += [t for factor in loaded.values() for t in (factor.up, factor.down)]
+            self._loaders[reference] = held[reference]
+        self.bytes_held = layout.count_bytes(counted)
 
     def _plannable(self, recipe: dict[str, Any]) -> tuple[Any, Any, Any]:
         """Return what mergekit's planner takes."""
@@ -280,6 +302,12 @@ def _reference(where: Located) -> ModelReference:
 
     lora = ModelPath(path=str(where.adapter)) if where.adapter is not None else None
     return ModelReference(model=ModelPath(path=str(where.folder)), lora=lora)
+
+
+def _ranked(spec: MergeSpec, located: Mapping[str, Located]) -> list[str]:
+    """Return the models whose differences DELLA ranks."""
+    base = canonical(spec.base_model) if spec.base_model else None
+    return [name for name in located if name != base] if {"della", "della_linear"} & {*spec.methods} else []
 
 
 def _resident(where: Located, device: torch.device, dtype: torch.dtype) -> Any:

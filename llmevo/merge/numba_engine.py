@@ -1,4 +1,4 @@
-"""The merge's arithmetic in compiled loops, over bfloat16 and float32 buffers in main memory."""
+"""The merge's arithmetic in compiled loops, over buffers in main memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from llmevo.merge.layout import Arena, Slot
-from llmevo.merge.works import Mask, Masked, Sum, Work
+from llmevo.merge.works import Mask, Masked, Product, Sum, Work, pieces
 
 if TYPE_CHECKING:
     import torch
@@ -46,29 +46,34 @@ class NumbaEngine:
         from llmevo.merge.cells import NOT_FINITE
 
         self._look()
-        chunks = [
-            (index, work.part(low, min(low + _CHUNK, work.size)))
-            for index, work in enumerate(works)
-            for low in range(0, work.size, _CHUNK)
-        ]
+        chunks = [(index, part) for index, work in enumerate(works) for part in pieces(work, _CHUNK)]
         bad: set[int] = set()
 
         def one(index: int, work: Work) -> None:
-            worst = self._sum(work) if isinstance(work, Sum) else self._masked(work)
-            if worst >= NOT_FINITE:
+            if self._one(work) >= NOT_FINITE:
                 bad.add(index)
 
         self._share(chunks, one)
         return sorted(bad)
 
-    def histogram(self, base: Slot, source: Slot) -> Any:
+    def histogram(self, base: Slot, source: Slot, within: int | None = None) -> Any:
         """As `Engine.histogram`."""
         from llmevo.merge import mask_kernels
 
         self._look()
-        counts = np.zeros(1 << 15, dtype=np.int64)
-        mask_kernels.histogram(self._view(base), self._view(source), counts)
-        return counts
+        origin, other = self._view(base), self._view(source)
+
+        def one(low: int) -> Any:
+            part = slice(low, low + _CHUNK)
+            counts = np.zeros(1 << (15 if within is None else 16), dtype=np.int64)
+            if within is None:
+                mask_kernels.histogram(origin[part], other[part], counts)
+            else:
+                mask_kernels.histogram_within(origin[part], other[part], np.uint32(within), counts)
+            return counts
+
+        lows = range(0, len(other), _CHUNK)
+        return sum(self._threaded().map(one, lows) if len(other) > _CHUNK else map(one, lows))
 
     def mass_by_noise(self, base: Slot, source: Slot, key: tuple[int, int], buckets: int) -> Any:
         """As `Engine.mass_by_noise`."""
@@ -94,8 +99,7 @@ class NumbaEngine:
             for index, work in chunks:
                 one(index, work)
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="merge")
+        pool = self._threaded()
         queue, lock = iter(chunks), threading.Lock()
 
         def drain() -> None:
@@ -106,8 +110,36 @@ class NumbaEngine:
                     return
                 one(*chunk)
 
-        for future in [self._pool.submit(drain) for _ in range(self._threads)]:
+        for future in [pool.submit(drain) for _ in range(self._threads)]:
             future.result()
+
+    def _threaded(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="merge")
+        return self._pool
+
+    def _one(self, work: Work) -> int:
+        if isinstance(work, Masked):
+            return self._masked(work)
+        return self._sum(work) if isinstance(work, Sum) else self._product(work)
+
+    def _product(self, work: Product) -> int:
+        from llmevo.merge import product_kernels
+
+        own, terms = work.sum, work.terms
+        sources = tuple(self._view(slot) for slot in own.sources)
+        worst = product_kernels.product(
+            self._view(own.out),
+            sources[0] if own.base is None else self._view(own.base),
+            sources,
+            np.array(own.weights, dtype=np.float32),
+            own.base is not None,
+            tuple(self._view(term.up).reshape(-1, term.rank) for term in terms),
+            tuple(self._view(term.down).reshape(term.rank, -1) for term in terms),
+            np.array([term.weight for term in terms], dtype=np.float32),
+            work.columns,
+        )
+        return int(worst)
 
     def _sum(self, work: Sum) -> int:
         from llmevo.merge import kernels
@@ -161,7 +193,8 @@ def _no_ranks() -> Any:
 
 
 def _array(buffer: torch.Tensor) -> Any:
-    """View a buffer as numpy; bfloat16, which numpy has not, as uint16."""
+    """View a buffer as numpy; bfloat16, which numpy has not, as uint16, and float16 as int16."""
     import torch
 
-    return (buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer).numpy()
+    held = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(buffer.dtype)
+    return (buffer if held is None else buffer.view(held)).numpy()

@@ -16,6 +16,9 @@ from llmevo.merge.settings import Reading, Scope, Split, UnknownFormError, looku
 if TYPE_CHECKING:
     import torch
 
+    from llmevo.merge.adapters import Factor
+    from llmevo.merge.weights import Weights
+
 Numbers = NDArray[np.float64]
 
 # Structures kept: a run has one for each merge method, and the references' and warm starts' own.
@@ -34,6 +37,7 @@ class Target:
         inputs: The names of these.
         base: Index of the base model among them; None without one.
         constants: Parameters that are no floats (`normalize`, say), resolved.
+        factors: What adapters add to each of `tensors`; None where that is nothing.
     """
 
     name: str
@@ -42,6 +46,12 @@ class Target:
     inputs: tuple[str, ...]
     base: int | None
     constants: Mapping[str, Any]
+    factors: tuple[Factor | None, ...]
+
+    def difference(self, model: int) -> torch.Tensor | None:
+        """Return what an adapter adds to a model's tensor, in float32; None where that is nothing."""
+        factor = self.factors[model]
+        return None if factor is None else factor.delta()
 
 
 @final
@@ -65,6 +75,11 @@ class Skeleton:
     readings: Mapping[str, tuple[NDArray[np.int64], NDArray[np.int64], Numbers]]
     defaults: tuple[float, ...]
 
+    @property
+    def factored(self) -> bool:
+        """Whether an adapter's factors are among what is merged."""
+        return any(factor is not None for target in self.targets for factor in target.factors)
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -86,10 +101,14 @@ class Resolver:
 
     Args:
         trace: Plans a recipe, as `plan.trace` does with the other arguments bound.
+        models: The weights by mergekit's references.
     """
 
-    def __init__(self, trace: Callable[[dict[str, Any]], list[plan.Traced]]) -> None:
+    def __init__(
+        self, trace: Callable[[dict[str, Any]], list[plan.Traced]], models: Mapping[Any, Weights]
+    ) -> None:
         self._trace = trace
+        self._models = models
         self._kept: OrderedDict[str, Skeleton | None] = OrderedDict()
 
     def resolve(self, recipe: dict[str, Any]) -> Resolved | None:
@@ -119,7 +138,7 @@ class Resolver:
 
     def _compile(self, recipe: dict[str, Any], parts: Split, spec: Any) -> Skeleton | None:
         traced = self._trace(recipe)
-        targets = [target for entry in traced if (target := _target(entry, parts, spec)) is not None]
+        targets = [target for entry in traced if (target := self._target(entry, parts, spec)) is not None]
         if len(targets) < len(traced) or len({len(target.models) for target in targets}) != 1:
             return None
         defaults = [float("nan")]
@@ -136,6 +155,30 @@ class Resolver:
                 readings[parameter.name] = (low.astype(np.int64), high.astype(np.int64), share)
         return Skeleton(recipe["merge_method"], parts.key, tuple(targets), readings, tuple(defaults))
 
+    def _target(self, entry: plan.Traced, parts: Split, spec: Any) -> Target | None:
+        """Return a tensor's target; None where mergekit would not just merge tensors that all models have."""
+        task = entry.step.task
+        reads = {str(load.model): load for load in task.gather_tensors.arguments().values()}
+        tensors = [reads[str(model)].execute() for model in task.model_order]
+        first = tensors[0]
+        if any(
+            t is None or not t.is_floating_point() or t.shape != first.shape or not t.is_contiguous()
+            for t in tensors
+        ):
+            return None
+        constants = {}
+        for parameter in spec.shared_parameters:
+            if parameter.value_type is not float:
+                scopes = _scopes(entry, parts, None)
+                found = lookup(
+                    parameter.name, scopes, task.output_weight.name, entry.position, parameter.validate
+                )
+                constants[parameter.name] = parameter.validate(parameter.default) if found is None else found
+        order = list(task.model_order)
+        base = order.index(task.base_model) if task.base_model in order else None
+        factors = tuple(self._models[m].factors.get(reads[str(m)].group_label()) for m in order)
+        return Target(entry.step.name, tuple(order), tuple(tensors), entry.inputs, base, constants, factors)
+
 
 def _evaluate(skeleton: Skeleton, numbers: Sequence[float]) -> Resolved:
     every = np.array([*numbers, *skeleton.defaults])
@@ -144,30 +187,6 @@ def _evaluate(skeleton: Skeleton, numbers: Sequence[float]) -> Resolved:
         # As mergekit interpolates, so that the bits agree.
         values[name] = (1 - share) * every[low] + share * every[high]
     return Resolved(skeleton, values)
-
-
-def _target(entry: plan.Traced, parts: Split, spec: Any) -> Target | None:
-    """Return a tensor's target; None where mergekit would do more than merge tensors that all models have."""
-    task = entry.step.task
-    reads = {str(load.model): load for load in task.gather_tensors.arguments().values()}
-    tensors = [reads[str(model)].execute() for model in task.model_order]
-    first = tensors[0]
-    if any(
-        t is None or not t.is_floating_point() or t.shape != first.shape or not t.is_contiguous()
-        for t in tensors
-    ):
-        return None
-    constants = {}
-    for parameter in spec.shared_parameters:
-        if parameter.value_type is not float:
-            scopes = _scopes(entry, parts, None)
-            found = lookup(
-                parameter.name, scopes, task.output_weight.name, entry.position, parameter.validate
-            )
-            constants[parameter.name] = parameter.validate(parameter.default) if found is None else found
-    order = list(task.model_order)
-    base = order.index(task.base_model) if task.base_model in order else None
-    return Target(entry.step.name, tuple(order), tuple(tensors), entry.inputs, base, constants)
 
 
 def _row(

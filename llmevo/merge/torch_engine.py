@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from llmevo.merge.layout import Arena, Slot
-from llmevo.merge.works import Mask, Masked, Sum, Work
+from llmevo.merge.works import Mask, Masked, Product, Sum, Work, output, pieces
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ _U32 = 0xFFFFFFFF
 
 @final
 class TorchEngine:
-    """The arithmetic of `kernels` and `mask_kernels`, a block at a time.
+    """The arithmetic of the compiled kernels, a block at a time.
 
     Args:
         arena: The buffers.
@@ -33,18 +33,20 @@ class TorchEngine:
         """As `Engine.run`."""
         import torch
 
-        flags = [self._one(work) for work in works]
+        flags = [self.merge(work) for work in works]
         if not flags:
             return []
         return [i for i, finite in enumerate(torch.stack(flags).tolist()) if not finite]
 
-    def histogram(self, base: Slot, source: Slot) -> Any:
+    def histogram(self, base: Slot, source: Slot, within: int | None = None) -> Any:
         """As `Engine.histogram`."""
         import torch
 
-        delta = self._delta(self._view(base).float(), self._view(source)).bfloat16()
-        bits = (delta.view(torch.int16) & 0x7FFF).int()
-        return torch.bincount(bits, minlength=1 << 15).cpu().numpy()
+        delta = self._delta(self._view(base).float(), self._view(source))
+        bits = delta.abs().view(torch.int32)
+        if within is None:
+            return torch.bincount(bits >> 16, minlength=1 << 15).cpu().numpy()
+        return torch.bincount(bits[bits >> 16 == within] & 0xFFFF, minlength=1 << 16).cpu().numpy()
 
     def mass_by_noise(self, base: Slot, source: Slot, key: tuple[int, int], buckets: int) -> Any:
         """As `Engine.mass_by_noise`."""
@@ -60,19 +62,34 @@ class TorchEngine:
         delta = self._delta(self._view(base).float(), self._view(source))
         return float(self._kept(delta, mask, 0).abs().double().sum())
 
-    def _one(self, work: Work) -> torch.Tensor:
+    def merge(self, work: Work) -> torch.Tensor:
+        """Do one piece of work; return whether all of the result is finite, as a tensor."""
         import torch
 
         finite: torch.Tensor | None = None
-        for low in range(0, work.size, self._block):
-            part = work.part(low, min(low + self._block, work.size))
-            out = self._view(part.out)
-            value = self._sum(part) if isinstance(part, Sum) else self._masked(part)
+        like = work.sum if isinstance(work, Product) else work
+        precision = self._view(like.sources[0]).dtype
+        for part in pieces(work, self._block):
+            out = self._view(output(part))
+            value = self._value(part)
             # Rounded once to the coarser of the sources and the output.
-            out.copy_(value.to(self._view(part.sources[0]).dtype) if out.dtype == torch.float32 else value)
+            out.copy_(value.to(precision) if out.dtype == torch.float32 else value)
             here = torch.isfinite(out).all()
             finite = here if finite is None else finite & here
         return torch.tensor(True) if finite is None else finite
+
+    def _value(self, work: Work) -> torch.Tensor:
+        """The result in float32."""
+        if isinstance(work, Masked):
+            return self._masked(work)
+        return self._sum(work) if isinstance(work, Sum) else self._product(work)
+
+    def _product(self, work: Product) -> torch.Tensor:
+        total = self._sum(work.sum).view(-1, work.columns)
+        for term in work.terms:
+            up = self._view(term.up).view(-1, term.rank)
+            total.addmm_(up, self._view(term.down).view(term.rank, -1), alpha=term.weight)
+        return total.view(-1)
 
     def _sum(self, work: Sum) -> torch.Tensor:
         sources = [self._view(slot) for slot in work.sources]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, final
 
 from llmevo.errors import GenomeError
@@ -17,6 +17,8 @@ from llmevo.merge.references import Located
 if TYPE_CHECKING:
     import torch
 
+    from llmevo.merge.adapters import Factor
+
 
 @final
 class Weights:
@@ -24,15 +26,42 @@ class Weights:
 
     Args:
         tensors: By their names in the checkpoint; never changed.
+        factors: What an adapter adds to some of them.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], factors: Mapping[str, Factor] = MappingProxyType({})
+    ) -> None:
         self.tensors = tensors
+        self.factors = factors
         self.index = SimpleNamespace(tensor_paths=tensors)
 
     def get_tensor(self, key: str, device: str = "cpu") -> torch.Tensor:
-        """Return a tensor where it lies: mergekit asks for the CPU, but our tensors stay on their device."""
+        """Return a tensor where it lies, without its factors: mergekit asks for the CPU all the same."""
         return self.tensors[key]
+
+    def flush(self) -> None:
+        """Do nothing: there is no open shard."""
+
+
+@final
+class Whole:
+    """The same model as mergekit would read it: adapters applied, on the device; a tensor at a time.
+
+    Args:
+        weights: The model.
+        device: Where mergekit computes.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self._weights = weights
+        self._device = device
+        self.index = weights.index
+
+    def get_tensor(self, key: str, device: str = "cpu") -> torch.Tensor:
+        """Return a tensor; one that an adapter changes is made anew each time."""
+        tensor, factor = self._weights.tensors[key], self._weights.factors.get(key)
+        return (tensor if factor is None else factor.applied(tensor)).to(self._device)
 
     def flush(self) -> None:
         """Do nothing: there is no open shard."""
@@ -45,6 +74,7 @@ def load(
     device: torch.device,
     arena: Arena,
     streamed: bool = False,
+    pinned: bool = False,
     others: Sequence[Weights] = (),
 ) -> tuple[Weights, bool]:
     """Load one model, apply its adapter, cast it, and check that it is finite.
@@ -56,6 +86,7 @@ def load(
         arena: Holds them.
         streamed: Leave tensors in the mapped file, from where they are read for each merge. What others write
             to the file is then seen.
+        pinned: Hold them in pinned memory, from which a GPU copies.
         others: Models that are loaded already: a tensor that equals one of theirs is shared, not held again,
             such as those that an adapter leaves alone.
 
@@ -65,21 +96,23 @@ def load(
     Raises:
         GenomeError: If a weight is NaN or infinite, or the adapter cannot be applied.
     """
-    stored = _plain(located.folder, located.name) if located.adapter is None else _adapted(located)
+    plain = located.adapter is None
+    read = stored(located.folder, "model", located.name) if plain else _adapted(located)
     lossless, tensors = True, {}
     own: dict[str, torch.Tensor] = {}
-    for key, tensor in stored:
+    for key, tensor in read:
         if tensor.is_floating_point():
             lossless = lossless and tensor.dtype == dtype
             tensor = tensor.to(device=device, dtype=dtype)
-            _check_finite(tensor, key, located.name)
+            check_finite(tensor, key, located.name)
         shared = _same(key, tensor, others)
         tensors[key] = tensor.to(device) if shared is None else shared
         if shared is None and tensor.is_floating_point() and not streamed:
             own[key] = tensors[key]
     # Copied, since safetensors hands out views of the mapped file, which somebody may write to while the run
     # goes on.
-    places = arena.allocate({key: tuple(t.shape) for key, t in own.items()}, dtype, device)
+    shapes = {key: tuple(t.shape) for key, t in own.items()}
+    places = arena.allocate(shapes, dtype, device, pinned=pinned)
     for key, place in places.items():
         tensors[key] = place.copy_(own.pop(key))
     return Weights(tensors), lossless
@@ -96,7 +129,7 @@ def _same(key: str, tensor: torch.Tensor, others: Sequence[Weights]) -> torch.Te
 
 
 @contextmanager
-def loaders(table: Mapping[Any, Weights]) -> Iterator[None]:
+def loaders(table: Mapping[Any, Weights | Whole]) -> Iterator[None]:
     """Make mergekit read these models from memory, and leave its own cache as it was.
 
     mergekit keeps its loaders in a dict on the class, shared by the whole process. A model left in it would
@@ -123,10 +156,11 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def _plain(folder: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def stored(folder: Path, stem: str, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the tensors of a model (`stem` is `model`) or an adapter (`adapter_model`) as they are stored."""
     from safetensors import safe_open
 
-    for file in headers.weight_files(folder, "model", name):
+    for file in headers.weight_files(folder, stem, name):
         with safe_open(file, framework="pt", device="cpu") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a mapping)
                 yield key, opened.get_tensor(key)
@@ -162,7 +196,12 @@ def _adapted(located: Located) -> Iterator[tuple[str, torch.Tensor]]:
         yield key, merged[key].detach()
 
 
-def _check_finite(tensor: torch.Tensor, key: str, name: str) -> None:
+def check_finite(tensor: torch.Tensor, key: str, name: str) -> None:
+    """Refuse a tensor of the model `name` that has values that are NaN or infinite.
+
+    Raises:
+        GenomeError: It names the model and the tensor.
+    """
     import torch
 
     finite = torch.isfinite(tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, final
 
@@ -47,6 +47,53 @@ class Sum:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Term:
+    """A product of two thin matrices, `weight * up @ down`, in float32.
+
+    Args:
+        up: `[rows, rank]`.
+        down: `[rank, columns]`.
+        rank: Of the product.
+        weight: Factor of all of it.
+    """
+
+    up: Slot
+    down: Slot
+    rank: int
+    weight: float
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix that is a sum, and products of thin matrices added to it before it is rounded.
+
+    Args:
+        sum: Where the result goes, and what the products are added to.
+        terms: At least one.
+        columns: Of the matrix; `part` takes whole rows.
+    """
+
+    sum: Sum
+    terms: tuple[Term, ...]
+    columns: int
+
+    @property
+    def size(self) -> int:
+        """Elements to write."""
+        return self.sum.size
+
+    def part(self, low: int, high: int) -> Product:
+        """The same work on a range of elements, which must be whole rows."""
+        first, last = low // self.columns, high // self.columns
+        terms = tuple(
+            replace(term, up=_cut(term.up, first * term.rank, last * term.rank)) for term in self.terms
+        )
+        return Product(self.sum.part(low, high), terms, self.columns)
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Mask:
     """Which elements of a difference are kept.
 
@@ -66,6 +113,10 @@ class Mask:
     key: tuple[int, int] = (0, 0)
     ranks: Slot | None = None
     scale: float = 1.0
+
+    def moved(self, places: Mapping[Slot, Slot]) -> Mask:
+        """The same mask, its ranks elsewhere."""
+        return self if self.ranks is None else replace(self, ranks=places[self.ranks])
 
 
 @final
@@ -116,7 +167,43 @@ class Masked:
         )
 
 
-Work = Sum | Masked
+Work = Sum | Masked | Product
+
+
+def pieces(work: Work, size: int) -> Iterator[Work]:
+    """Cut work into parts of about `size` elements, and matrices between rows."""
+    unit = work.columns if isinstance(work, Product) else 1
+    step = max(1, size // unit) * unit
+    for low in range(0, work.size, step):
+        yield work.part(low, min(low + step, work.size))
+
+
+def reads(work: Work) -> list[Slot]:
+    """Return all that some work reads."""
+    if isinstance(work, Product):
+        return [*reads(work.sum), *(slot for term in work.terms for slot in (term.up, term.down))]
+    base = [] if work.base is None else [work.base]
+    ranks = [m.ranks for m in work.masks if m.ranks is not None] if isinstance(work, Masked) else []
+    return [*base, *work.sources, *ranks]
+
+
+def moved(work: Work, places: Mapping[Slot, Slot]) -> Work:
+    """Return the same work on what lies elsewhere: `places` says where each of `reads` is."""
+    if isinstance(work, Product):
+        own = moved(work.sum, places)
+        assert isinstance(own, Sum)
+        terms = tuple(replace(term, up=places[term.up], down=places[term.down]) for term in work.terms)
+        return replace(work, sum=own, terms=terms)
+    base, sources = work.base, tuple(places[source] for source in work.sources)
+    if isinstance(work, Sum):
+        return replace(work, sources=sources, base=None if base is None else places[base])
+    masks = tuple(mask.moved(places) for mask in work.masks)
+    return replace(work, sources=sources, base=places[work.base], masks=masks)
+
+
+def output(work: Work) -> Slot:
+    """Return where the result of some work goes."""
+    return work.sum.out if isinstance(work, Product) else work.out
 
 
 class Engine(Protocol):
@@ -132,8 +219,11 @@ class Engine(Protocol):
         """Do the work; return the indices of those whose result has a value that is not finite."""
         ...
 
-    def histogram(self, base: Slot, source: Slot) -> Any:
-        """Count the magnitudes of `source - base` by their 2^15 bfloat16 patterns, as an integer array."""
+    def histogram(self, base: Slot, source: Slot, within: int | None = None) -> Any:
+        """Count the magnitudes of `source - base` by their bits as float32, as an integer array.
+
+        By the upper 15 bits, which are all that bfloat16 has; or, `within` these, by the lower 16.
+        """
         ...
 
     def mass_by_noise(self, base: Slot, source: Slot, key: tuple[int, int], buckets: int) -> Any:

@@ -39,13 +39,24 @@ def _memory(facts: Mapping[str, Any]) -> str:
     if not plan:
         return ""
     models = list(plan["models"].values())
-    read = sum(model["where"] == "file" for model in models)
-    held = sum(model["bytes"] for model in models if model["where"] != "file")
-    parts = [f"{len(models) - read} models held ({size(held)})"] if read < len(models) else []
+    adapters = [model["bytes"] for model in models if model["form"] == "factors"]
+    whole = [model for model in models if model["form"] != "factors"]
+    held = [model["bytes"] for model in whole if model["where"] == plan["device"]]
+    host = [model["bytes"] for model in whole if model["where"] == "host"]
+    read = sum(model["where"] == "file" for model in whole)
+    parts = [f"{_count(held, 'model')} held ({size(sum(held))})"] if held else []
+    parts += [f"{_count(host, 'model')} in main memory ({size(sum(host))})"] if host else []
     parts += [f"{read} read from their files for each merge"] if read else []
+    parts += [f"{_count(adapters, 'adapter')} as factors ({size(sum(adapters))})"] if adapters else []
+    parts += [f"ranks for DELLA {size(plan['ranks'])}"] if plan["ranks"] else []
+    parts += [f"staging {size(plan['staging'])}"] if plan["staging"] else []
     parts.append(f"the merged model {size(plan['merged'])}")
     room = "" if plan["available"] is None else f", {size(plan['available'])} free"
     return f"memory: {plan['mode']} on {plan['device']}, {', '.join(parts)}{room}"
+
+
+def _count(things: list[int], name: str) -> str:
+    return f"{len(things)} {name}{'s' if len(things) != 1 else ''}"
 
 
 def _nf4(facts: Mapping[str, Any]) -> str:

@@ -203,19 +203,22 @@ def test_dtypes(make_tiny_llama, tmp_path, parents: str, resident: str) -> None:
 
 
 def test_adapters_are_merged_where_they_changed_something(tiny_llamas, loras) -> None:
+    """As factors, and as the matrices that a masked method in the genome needs."""
     names = [f"{tiny_llamas.base}+{lora}" for lora in loras]
-    spec = MergeSpec(models=names, base_model=str(tiny_llamas.base))
-    made = Merger(spec)
-    assert made.memory["models"][names[1]]["bytes"] == 4 * 2 * (64 * 64 + 64 * 128)
-    recipe = models_of(spec, "task_arithmetic", 2, base=True)
-    made.merge(recipe, seed=0, exact=True)
-    exact = state(made)
-    made.merge(recipe, seed=0)
-    assert all(
-        torch.allclose(exact[n].float(), t.float(), atol=2e-3, rtol=2**-7) for n, t in state(made).items()
-    )
-    recipe["models"][1]["parameters"]["weight"] = [0.1, 0.2]
-    assert made.merge(recipe, seed=0) == 4 * 2 * (64 * 64 + 64 * 128)
+    changed = 4 * 2 * (64 * 64 + 64 * 128)
+    for methods in (["task_arithmetic"], ["task_arithmetic", "ties"]):
+        spec = MergeSpec(models=names, base_model=str(tiny_llamas.base), merge_method=methods)
+        made = Merger(spec)
+        assert (made.memory["models"][names[1]]["bytes"] == changed) == ("ties" in methods)
+        recipe = models_of(spec, "task_arithmetic", 2, base=True)
+        made.merge(recipe, seed=0, exact=True)
+        exact = state(made)
+        made.merge(recipe, seed=0)
+        assert all(
+            torch.allclose(exact[n].float(), t.float(), atol=2e-3, rtol=2**-7) for n, t in state(made).items()
+        )
+        recipe["models"][1]["parameters"]["weight"] = [0.1, 0.2]
+        assert made.merge(recipe, seed=0) == changed
 
 
 def test_streamed_models_stay_in_their_files(spec, merger) -> None:

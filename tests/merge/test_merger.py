@@ -257,8 +257,8 @@ def test_adapter_is_b_times_a_times_scaling(tiny_llamas, loras) -> None:
 
 
 def test_models_share_what_an_adapter_leaves_alone(tiny_llamas, loras) -> None:
-    spec = MergeSpec(models=[f"{tiny_llamas.base}+{loras[1]}"], base_model=str(tiny_llamas.base))
-    merger = Merger(spec, device="cpu", dtype="bfloat16")
+    names = [f"{tiny_llamas.base}+{loras[1]}"]
+    merger = Merger(MergeSpec(models=names, base_model=str(tiny_llamas.base), merge_method="ties"))
     one = merger.facts["bytes"]
     changed = 4 * 2 * (64 * 64 + 64 * 128)  # q_proj and down_proj of 4 layers in bfloat16
     assert merger.bytes_held == one + changed
