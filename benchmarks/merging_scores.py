@@ -2,9 +2,9 @@
 
     python benchmarks/merging_scores.py                   from the folder in which `make run` has made .cache
 
-Random recipes of four methods on the quickstart's experts are merged in both modes and evaluated on the same
-items. DARE's masks differ by design: there the difference is that of two draws of the masks. Writes
-results/merging_scores.json.
+Random recipes of four methods on the quickstart's experts, which are adapters, are merged in both modes and
+evaluated on the same items: sums of them as factors, masked methods as matrices. DARE's masks differ by
+design: there the difference is that of two draws of the masks. Writes results/merging_scores.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from llmevo.genome import load
 from llmevo.merge import Merger
 
 RESULTS = Path(__file__).resolve().parent / "results" / "merging_scores.json"
-METHODS = {"linear": False, "task_arithmetic": True, "ties": True, "dare_ties": True}
+# Whether a method needs a base; a genome of sums holds adapters as factors, one with masks as matrices.
+SUMS = {"linear": False, "task_arithmetic": True}
+MASKED = {"ties": True, "dare_ties": True}
+METHODS = SUMS | MASKED
 
 
 def recipe(method: str, models: list[str], base: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -32,7 +35,7 @@ def recipe(method: str, models: list[str], base: str, rng: np.random.Generator) 
     parts = []
     for model in models:
         own = {"weight": float(rng.uniform(0.1, 0.8))}
-        if method in ("ties", "dare_ties"):
+        if method in MASKED:
             own["density"] = float(rng.uniform(0.3, 0.9))
         parts.append({"model": model, "parameters": own})
     config: dict[str, Any] = {"merge_method": method, "models": parts, "dtype": "bfloat16"}
@@ -44,19 +47,20 @@ def answers(evaluator: Any, rung: int) -> dict[str, Any]:
     return {task: np.array(items) for task, items in evaluator.evaluate("search", rung=rung)[0].items.items()}
 
 
-def measure(recipes: int, items: int) -> dict[str, Any]:
-    """Evaluate every recipe in both modes."""
+def measure(methods: list[str], recipes: int, items: int) -> dict[str, Any]:
+    """Evaluate recipes of methods that hold adapters alike, in both modes."""
     genome = load(Path("genomes/quickstart.yaml"))
-    merger = Merger(genome.genome, genome.merge, device="cpu", dtype="bfloat16")
+    spec = genome.genome.model_copy(update={"merge_method": methods})
+    merger = Merger(spec, genome.merge, device="cpu", dtype="bfloat16")
     evaluator = Evaluator(genome, merger.model, merger.tokenizer, device="cpu")
     sizes = [sum(rung.values()) for rung in evaluator.describe()["rungs"]]
     rung = min(range(len(sizes)), key=lambda i: abs(sizes[i] - items))
     rng = np.random.default_rng(0)
     rows = {}
-    for method in METHODS:
-        gaps, flipped = [], []
+    for method in methods:
+        gaps, flipped, scores = [], [], []
         for number in range(recipes):
-            config = recipe(method, genome.genome.models, str(genome.genome.base_model), rng)
+            config = recipe(method, spec.models, str(spec.base_model), rng)
             scored = []
             for exact in (False, True):
                 merger.merge(config, seed=number, exact=exact)
@@ -64,11 +68,13 @@ def measure(recipes: int, items: int) -> dict[str, Any]:
             changes = np.concatenate([scored[0][task] - scored[1][task] for task in scored[0]])
             gaps.append(float(changes.mean()))
             flipped.append(int((changes != 0).sum()))
+            scores.append(float(np.concatenate(list(scored[1].values())).mean()))
         rows[method] = {
             "mean difference": float(np.mean(gaps)),
             "mean absolute difference": float(np.mean(np.abs(gaps))),
             "largest difference": float(np.max(np.abs(gaps))),
             "flipped items": flipped,
+            "exact scores": scores,
         }
         print(method, rows[method], flush=True)
     return {"items": sizes[rung], "recipes": recipes, "methods": rows}
@@ -80,7 +86,9 @@ def main() -> None:
     parser.add_argument("--recipes", type=int, default=5, help="of each method")
     parser.add_argument("--items", type=int, default=200, help="the nearest rung is taken")
     arguments = parser.parse_args()
-    results = measure(arguments.recipes, arguments.items)
+    results = measure(list(SUMS), arguments.recipes, arguments.items)
+    masked = measure(list(MASKED), arguments.recipes, arguments.items)
+    results["methods"] |= masked["methods"]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -133,6 +133,7 @@ def _scales(located: Located) -> dict[str, float] | None:
         try:
             lora = LoraConfig.from_pretrained(str(located.adapter))
             lora.init_lora_weights = False
+            lora.base_model_name_or_path = None  # peft warns that it is another
             wrapped = get_peft_model(model, lora).base_model.model
         except (RuntimeError, ValueError, TypeError, KeyError, ImportError):
             return None  # it will be said when peft is asked to apply it
