@@ -138,7 +138,7 @@ def test_elements_need_matrices(tiny_llamas, names, make_lora, tmp_path) -> None
         ("model_stock", True, {}),
     ],
 )
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_methods_give_what_they_give_on_matrices(tiny_llamas, names, method, based, shared, mixed) -> None:
     """The same recipe on factors and on matrices; mixed: a full model, and an adapted one as the base."""
     models = [names[0], str(tiny_llamas.parents[0])] if mixed else names

@@ -79,8 +79,10 @@ def test_staged_blocks_say_what_is_not_finite() -> None:
     assert engine.run(works) == [1]
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_linear", "della"])
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("method", "adapted"),
+    [("linear", True), ("task_arithmetic", False), ("ties", True), ("dare_linear", False), ("della", False)],
+)
 def test_a_model_merged_through_staging(tiny_llamas, loras, monkeypatch, method: str, adapted: bool) -> None:
     base = str(tiny_llamas.base)
     models = [f"{base}+{lora}" for lora in loras] if adapted else [str(p) for p in tiny_llamas.parents]
