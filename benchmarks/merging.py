@@ -6,7 +6,7 @@
 
 The models are SmolLM2-135M-Instruct and three parents made from it: every matrix gets a random change of
 rank 8 and noise, seeded, of 3 % of its own spread each. mergekit is `merge_state_dicts` on tensors in
-memory, llmevo is `Merger.merge` into the resident model; both in bfloat16, with the same number of threads,
+memory, llmevo is `Merger.merge` into the resident model; both in `--dtype`, with the same number of threads,
 in turns (A B A B), and each time with other parameters, so that nothing can be kept. Before the times, both
 merge the same recipe and the results are compared. The bound is a plain compiled loop that reads as many
 models as the method does and writes one. karcher and model_stock have no numbers to vary: llmevo is made to
@@ -92,7 +92,7 @@ def parameters(method: str, turn: int) -> tuple[list[dict[str, float]], dict[str
     return models, {k: v + shift for k, v in shared.items()}, count, based
 
 
-def recipe(method: str, turn: int, base: Path, parents: list[Path]) -> dict[str, Any]:
+def recipe(method: str, turn: int, base: Path, parents: list[Path], dtype: str) -> dict[str, Any]:
     """The turn as a mergekit configuration."""
     models, shared, count, based = parameters(method, turn)
     used = parents[:count]
@@ -100,7 +100,7 @@ def recipe(method: str, turn: int, base: Path, parents: list[Path]) -> dict[str,
         "merge_method": method,
         "models": [{"model": str(p), "parameters": m} for p, m in zip(used, models, strict=True)],
         "parameters": shared,
-        "dtype": "bfloat16",
+        "dtype": dtype,
     }
     if method == "slerp":
         config["base_model"] = str(used[0])
@@ -135,7 +135,8 @@ def bound(merger: Any, count: int, runs: int) -> float:
 
     buffers = merger._arena.buffers[: count + 1]
     size = min(buffer.numel() for buffer in buffers)
-    arrays = [buffer[:size].view(torch.uint16).numpy() for buffer in buffers]
+    bits = {2: torch.uint16, 4: torch.uint32}[buffers[0].element_size()]
+    arrays = [buffer[:size].view(bits).numpy() for buffer in buffers]
     return statistics.median(_read(arrays) for _ in range(runs))
 
 
@@ -214,7 +215,7 @@ def compare(
     }
 
 
-def measure(methods: list[str], root: Path, runs: int) -> None:
+def measure(methods: list[str], root: Path, runs: int, dtype: str) -> None:
     """Compare and time methods, and store each as soon as it is done."""
     import torch
     from safetensors.torch import load_file
@@ -224,14 +225,19 @@ def measure(methods: list[str], root: Path, runs: int) -> None:
 
     torch.set_num_threads(THREADS)
     base, parents = make_models(root)
-    merger = Merger(MergeSpec(models=[str(p) for p in parents], base_model=str(base)))
-    tensors = [load_file(folder / "model.safetensors") for folder in (base, *parents)]
+    spec = MergeSpec(models=[str(p) for p in parents], base_model=str(base), dtype=dtype)
+    merger = Merger(spec, dtype=dtype)
+    wanted = getattr(torch, dtype)
+    tensors = [
+        {name: t.to(wanted) for name, t in load_file(folder / "model.safetensors").items()}
+        for folder in (base, *parents)
+    ]
     size = sum(t.numel() for t in tensors[0].values())
     rows = {}
     for method in methods:
         _, _, count, based = METHODS[method]
         with torch.no_grad():
-            merger.merge(recipe(method, 0, base, parents), seed=0)
+            merger.merge(recipe(method, 0, base, parents, dtype), seed=0)
             theirs = mergekit_call(method, 0, tensors)()
             state = merger.model.state_dict()
             difference = compare(method, state, theirs, tensors[0])
@@ -241,17 +247,18 @@ def measure(methods: list[str], root: Path, runs: int) -> None:
             for turn in range(1, runs + 1):
                 if turn <= slow_runs:
                     slow.append(timed(mergekit_call(method, turn, tensors)))
-                config = recipe(method, turn, base, parents)
+                config = recipe(method, turn, base, parents, dtype)
                 if method in _UNWEIGHTED[1:]:
                     merger._fast.forget()
                 fast.append(timed(lambda config=config: merger.merge(config, seed=0)))
-                again = recipe(method, turn, base, parents)
+                again = recipe(method, turn, base, parents, dtype)
                 resolving.append(timed(lambda again=again: merger.merge(again, seed=0)))
         limit = bound(merger, count + based, 5)
         merger._fast.forget()  # the bound's loop wrote into the resident model
         ours, mergekit = statistics.median(fast), statistics.median(slow)
-        moved = (count + based + 1) * size * 2
-        rows[method] = {
+        moved = (count + based + 1) * size * wanted.itemsize
+        name = method if dtype == "bfloat16" else f"{method} ({dtype})"
+        rows[name] = {
             "mergekit_seconds": mergekit,
             "llmevo_seconds": ours,
             "resolve_seconds": statistics.median(resolving),
@@ -261,8 +268,8 @@ def measure(methods: list[str], root: Path, runs: int) -> None:
             "times_bound": ours / limit,
             "difference": difference,
         }
-        print(line(method, rows[method]), flush=True)
-        store({"machine": machine(), "size": size, "runs": runs, "methods": {method: rows[method]}})
+        print(line(name, rows[name]), flush=True)
+        store({"machine": machine(), "size": size, "runs": runs, "methods": {name: rows[name]}})
 
 
 def store(results: dict[str, Any]) -> None:
@@ -322,12 +329,13 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder for the models, about 1.1 GB")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--runs", type=int, default=7, help="turns of each method")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--report", action="store_true", help="print the stored table")
     arguments = parser.parse_args()
     if not arguments.report:
         if arguments.models is None:
             parser.error("`--models` must name a folder, unless `--report` is given")
-        measure(arguments.methods, arguments.models, arguments.runs)
+        measure(arguments.methods, arguments.models, arguments.runs, arguments.dtype)
     print(report(json.loads(RESULTS.read_text(encoding="utf-8"))), file=sys.stdout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -25,17 +26,25 @@ def of_file(path: Path) -> bytes:
     It is kept in the user's cache under the path, with size and times; a file of the same size and times is
     not read again. Whatever is wrong with the cache, the file is read.
     """
+    stamp = _stamp(path)
+    if time.time_ns() - max(stamp[1:]) <= _SETTLED:
+        return _read(path)
+    return _settled(path.resolve(), *stamp)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _settled(path: Path, *stamp: int) -> bytes:
+    """Return the hash of a file that has this stamp, from the cache or else from its content."""
     folder = usercache.folder()
     if folder is None:
         return _read(path)
-    key, stamp = str(path.resolve()), _stamp(path)
-    kept = _load(folder).get(key)
-    if isinstance(kept, list) and kept[:-1] == stamp and isinstance(kept[-1], str):
+    kept = _load(folder).get(str(path))
+    if isinstance(kept, list) and kept[:-1] == list(stamp) and isinstance(kept[-1], str):
         with contextlib.suppress(ValueError):
             return bytes.fromhex(kept[-1])
     digest = _read(path)
-    if stamp == _stamp(path) and time.time_ns() - max(stamp[1:]) > _SETTLED:
-        _keep(folder, key, [*stamp, digest.hex()])
+    if stamp == _stamp(path):
+        _keep(folder, str(path), [*stamp, digest.hex()])
     return digest
 
 
@@ -44,10 +53,10 @@ def _read(path: Path) -> bytes:
         return hashlib.file_digest(handle, "blake2b").digest()
 
 
-def _stamp(path: Path) -> list[int]:
+def _stamp(path: Path) -> tuple[int, int, int]:
     """Size, and when content and inode were changed; a copy that keeps its time still has a new inode."""
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _load(folder: Path) -> dict[str, Any]:
