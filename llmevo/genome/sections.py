@@ -77,8 +77,8 @@ class MergeStageSpec(Spec):
     Attributes:
         mode: `fast` for one pass over resident buffers, rounded once, where the method allows it; `exact` for
             mergekit's own arithmetic, bit for bit.
-        memory: `resident` keeps every parent in the device's memory; `streamed` reads them for each merge, from
-            the disk or for a GPU from main memory; `auto` is resident where there is room.
+        memory: `resident` keeps every parent in the device's memory; `streamed` reads them for each merge,
+            from the disk or for a GPU from main memory; `auto` is resident where there is room.
     """
 
     mode: Literal["fast", "exact"] = "fast"
