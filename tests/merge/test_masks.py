@@ -144,9 +144,15 @@ def test_della_keeps_large_differences_more_often() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    count=st.integers(1, 5),
-    wide=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
+    # Each is compiled by itself, which takes seconds.
+    form=st.sampled_from(
+        [
+            (1, torch.bfloat16, False),
+            (3, torch.bfloat16, True),
+            (2, torch.float16, False),
+            (2, torch.float32, False),
+        ]
+    ),
     elect=st.booleans(),
     normalize=st.booleans(),
     factor=st.floats(-2, 2, width=32),
@@ -155,8 +161,9 @@ def test_della_keeps_large_differences_more_often() -> None:
     weights=st.lists(st.floats(-1, 1, width=16), min_size=5, max_size=5),
     kind=st.sampled_from(["largest", "middle", "drawn"]),
 )
-def test_engines_agree(count, wide, dtype, elect, normalize, factor, seed, densities, weights, kind) -> None:
+def test_engines_agree(form, elect, normalize, factor, seed, densities, weights, kind) -> None:
     """numba and torch: the same masks, the same signs, sums within one rounding."""
+    count, dtype, wide = form
     results = []
     for engine in (NumbaEngine, TorchEngine):
         arena, slots = buffers(700, count, seed=seed, dtype=dtype)
@@ -184,13 +191,20 @@ def test_engines_agree(count, wide, dtype, elect, normalize, factor, seed, densi
 
 @settings(deadline=None, max_examples=40)
 @given(
-    count=st.integers(1, 6),
-    parents=st.sampled_from(DTYPES),
-    out=st.sampled_from(DTYPES),
+    count=st.sampled_from([1, 3, 6]),
+    pair=st.sampled_from(
+        [
+            (torch.bfloat16, torch.bfloat16),
+            (torch.bfloat16, torch.float32),
+            (torch.float32, torch.bfloat16),
+            (torch.float16, torch.float16),
+        ]
+    ),
     shifts=st.booleans(),
     weights=st.lists(st.floats(-2, 2, width=16), min_size=6, max_size=6),
 )
-def test_engines_agree_on_sums(count, parents, out, shifts, weights) -> None:
+def test_engines_agree_on_sums(count, pair, shifts, weights) -> None:
+    parents, out = pair
     results = []
     for engine in (NumbaEngine, TorchEngine):
         arena, slots = buffers(5000, count, dtype=parents)
