@@ -191,11 +191,10 @@ def test_engines_agree(form, elect, normalize, factor, seed, densities, weights,
 
 @settings(deadline=None, max_examples=40)
 @given(
-    count=st.sampled_from([1, 3, 6]),
+    count=st.sampled_from([2, 5]),
     pair=st.sampled_from(
         [
             (torch.bfloat16, torch.bfloat16),
-            (torch.bfloat16, torch.float32),
             (torch.float32, torch.bfloat16),
             (torch.float16, torch.float16),
         ]
