@@ -18,7 +18,6 @@ from llmevo.train.data import Batch, Example, lay_out
 if TYPE_CHECKING:
     import torch
 
-_CHUNK = 1024  # targets whose logits are in memory at once
 _PROBE = 24  # tokens of each example that packing is tried on
 # Mean difference in nats. Rounding makes 2e-6, 6e-3 and 3e-2 on a real model, tokens that see each other 0.5.
 _TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 0.03, "torch.bfloat16": 0.1}
@@ -45,7 +44,7 @@ class Forward:
         short = [Example(e.tokens[:_PROBE], np.arange(len(e.tokens[:_PROBE])) > 0) for e in examples[:3]]
         tolerance = _TOLERANCE.get(str(model.dtype), 1e-4)
         plain = self._probe(short)
-        self.partial = self._head is not None and self._body is not model
+        self.partial = _is_linear(self._head) and self._body is not model
         self.partial = self.partial and _close(self._probe(short), plain, tolerance)
         self.packed = len(short) > 1
         self.packed = self.packed and _close(self._probe(short), plain, tolerance)
@@ -79,7 +78,8 @@ class Forward:
     def nll(self, batch: Batch) -> torch.Tensor:
         """The negative log-likelihood of each target of a laid out batch, float32, shape (targets,)."""
         import torch
-        from torch.utils.checkpoint import checkpoint
+
+        from llmevo.train.quick import head_loss
 
         device = self._model.device
         inputs: dict[str, Any] = {
@@ -91,23 +91,15 @@ class Forward:
         sources = torch.from_numpy(batch.sources).to(device)
         labels = torch.from_numpy(batch.labels).to(device)
         if not self.partial:
-            return _nll(None, self._model(**inputs).logits.flatten(0, 1)[sources], labels)
-        hidden = self._body(**inputs).last_hidden_state.flatten(0, 1)[sources]
-        if len(labels) <= _CHUNK:
-            return _nll(self._head, hidden, labels)
-        pairs = zip(torch.split(hidden, _CHUNK), torch.split(labels, _CHUNK), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([_nll(self._head, states, wanted) for states, wanted in pairs])
-        # The backward pass computes a chunk's logits again: all of them would be the largest tensor by far.
-        parts = [checkpoint(_nll, self._head, h, wanted, use_reentrant=False) for h, wanted in pairs]
-        return torch.cat(parts)
+            logits = self._model(**inputs).logits.flatten(0, 1)[sources].float()
+            return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return head_loss(self._head, self._body(**inputs).last_hidden_state.flatten(0, 1)[sources], labels)
 
 
-def _nll(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _is_linear(head: Any) -> bool:
     import torch
 
-    logits = hidden if head is None else head(hidden)
-    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return type(head) is torch.nn.Linear
 
 
 def _close(found: torch.Tensor | None, plain: torch.Tensor | None, tolerance: float) -> bool:

@@ -168,6 +168,8 @@ class Training:
         """
         import torch
 
+        from llmevo.train.quick import quick
+
         settings = self._settings
         end = len(self._steps) if until is None else until
         if state is not None and state.is_file():
@@ -178,7 +180,7 @@ class Training:
             checkpointing(model, True)
         model.train()
         try:
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices), quick(model, self._adapter.name):
                 for step in range(len(self.losses), end):
                     # Dropout follows from the step, so that a training that goes on needs no random state.
                     torch.manual_seed((self._seed << 32) + step)

@@ -28,12 +28,12 @@ def make(parameters: Mapping[str, torch.nn.Parameter], settings: TrainSettings) 
             {"params": [p], "scale": settings.loraplus_ratio if ".lora_B" in name else 1.0}
             for name, p in parameters.items()
         ]
-    kind: Any = torch.optim.AdamW
-    if settings.adapter == "qlora":
-        from bitsandbytes.optim import PagedAdamW8bit
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.adapter != "qlora":
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=True)
+    from bitsandbytes.optim import PagedAdamW8bit
 
-        kind = PagedAdamW8bit
-    made: torch.optim.Optimizer = kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    made: torch.optim.Optimizer = PagedAdamW8bit(groups, lr=rate, weight_decay=decay)
     return made
 
 
@@ -69,12 +69,10 @@ def resume(
     for path, tensor in state.items():
         key, _, name = path.partition("/")
         saved.setdefault(name, {})[key] = tensor
-    if isinstance(optimizer, torch.optim.AdamW):  # it counts on the CPU
+    if isinstance(optimizer, torch.optim.AdamW):
         for name, tensors in saved.items():
             device = parameters[name].device
-            optimizer.state[parameters[name]] = {
-                key: tensor if key == "step" else tensor.to(device) for key, tensor in tensors.items()
-            }
+            optimizer.state[parameters[name]] = {key: tensor.to(device) for key, tensor in tensors.items()}
         return
     (group,) = optimizer.param_groups
     places = {parameter: index for index, parameter in enumerate(group["params"])}

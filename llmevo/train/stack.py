@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from peft.tuners.lora import LoraLayer
 
+from llmevo.train.quick import product
+
 Side: TypeAlias = Literal["A", "B"]
 
 _Key: TypeAlias = tuple[str, Side]
@@ -92,40 +94,14 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
 
 @final
 class Rows:
-    """Which rows of the batch are whose.
+    """Whose rows the next forward pass has.
 
     Attributes:
-        counts: Rows of each candidate, at least one; set before each forward pass.
+        counts: Tokens of each candidate, fillings included; one candidate's follow the other's.
     """
 
     def __init__(self) -> None:
-        self._counts: tuple[int, ...] = ()
-        self._there: torch.Tensor | None = None
-        self._back: torch.Tensor | None = None
-
-    def set(self, counts: Sequence[int], device: torch.device) -> None:
-        """Say how many rows each candidate has in the next forward pass."""
-        self._counts, self._there, self._back = tuple(counts), None, None
-        most = max(counts)
-        if min(counts) == most:
-            return
-        # A candidate with fewer rows shows its first one again, whose product nobody reads.
-        there, back, start = [], [], 0
-        for candidate, count in enumerate(counts):
-            there += [start + (row if row < count else 0) for row in range(most)]
-            back += [candidate * most + row for row in range(count)]
-            start += count
-        self._there, self._back = (torch.tensor(index, device=device) for index in (there, back))
-
-    def apart(self, x: torch.Tensor) -> torch.Tensor:
-        """From (rows, width, inputs) to (candidates, tokens, inputs)."""
-        chosen = x if self._there is None else x.index_select(0, self._there)
-        return chosen.reshape(len(self._counts), -1, x.shape[-1])
-
-    def joined(self, y: torch.Tensor, width: int) -> torch.Tensor:
-        """The way back: from (candidates, tokens, outputs) to (rows, width, outputs)."""
-        laid = y.reshape(-1, width, y.shape[-1])
-        return laid if self._back is None else laid.index_select(0, self._back)
+        self.counts: tuple[int, ...] = ()
 
 
 @final
@@ -137,7 +113,7 @@ class StackedLinear(torch.nn.Module):
         rows: Says which rows are whose.
         a: Shape (candidates, rank, inputs).
         b: Shape (candidates, outputs, rank).
-        scale: Shape (candidates, 1, 1).
+        scales: One for each candidate.
     """
 
     def __init__(
@@ -146,20 +122,16 @@ class StackedLinear(torch.nn.Module):
         rows: Rows,
         a: torch.nn.Parameter,
         b: torch.nn.Parameter,
-        scale: torch.Tensor,
+        scales: Sequence[float],
     ) -> None:
         super().__init__()
         self.base = base
         self.a, self.b = a, b
-        self._rows, self._scale = rows, scale
+        self._rows, self._scales = rows, scales
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Base and LoRA of `x`, shape (rows, width, inputs)."""
-        y: torch.Tensor = self.base(x)
-        wide = self._rows.apart(x.to(self.a.dtype))
-        low = torch.bmm(wide, self.a.transpose(1, 2)) * self._scale
-        added = self._rows.joined(torch.bmm(low, self.b.transpose(1, 2)), x.shape[-2])
-        return (y + added).to(y.dtype)
+        return product(x, self.base, self.a, self.b, self._scales, self._rows.counts)
 
 
 @final
@@ -257,8 +229,7 @@ class Stack:
             for module, base in modules.items():
                 a, b = self._weights[module, "A"], self._weights[module, "B"]
                 scales = [scales.get(module, 0.0) for scales in self._scales]
-                scale = torch.tensor(scales, dtype=a.dtype, device=a.device).view(-1, 1, 1)
-                _put(model, module, StackedLinear(base, self.rows, a, b, scale))
+                _put(model, module, StackedLinear(base, self.rows, a, b, scales))
             yield
         finally:
             for module, base in modules.items():

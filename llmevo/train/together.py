@@ -151,7 +151,7 @@ class Together:
         width = max(len(example) for examples in taken for example in examples)
         # A candidate without examples has a row all the same.
         laid = [lay_out(examples or [_IDLE], self._forward.packed, width) for examples in taken]
-        stack.rows.set([len(batch.tokens) for batch in laid], self._model.device)
+        stack.rows.counts = tuple(len(batch.tokens) * width for batch in laid)
         losses = self._forward.nll(side_by_side(laid, width))
         return torch.stack(
             [part.sum() for part in torch.split(losses, [len(batch.labels) for batch in laid])]

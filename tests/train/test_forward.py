@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from llmevo.train import forward  # noqa: E402
+from llmevo.train import quick  # noqa: E402
 from llmevo.train.data import Example  # noqa: E402
 from llmevo.train.forward import Forward  # noqa: E402
 
@@ -95,7 +95,7 @@ def test_the_head_in_chunks_gives_the_same_losses_and_gradients(
         return losses.detach(), gradient
 
     whole = found()
-    monkeypatch.setattr(forward, "_CHUNK", 7)
+    monkeypatch.setattr(quick, "_ROWS", 7)
     chunked = found()
     torch.testing.assert_close(chunked[0], whole[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(chunked[1], whole[1], atol=1e-6, rtol=1e-5)

@@ -68,7 +68,7 @@ def begun(
     with adapters.adapted(model, chosen, config, "cand0000", seed) as adapter:
         training = Training(Forward(model, examples), adapter, examples, chosen, seed, steps)
         if state is not None:
-            assert training.load(state)
+            assert training.load(state, 30)
         return Candidate(chosen, steps, read(model, "cand0000", training.optimizer, training.losses))
 
 
