@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, final
 
+from llmevo.embedded import LONGEST_WORD, language_names, words_of
+
 Single: TypeAlias = Callable[[str], bool]
 """Whether a word, after a space, is a single token."""
 
-# fmt: off
-LATIN = ("ca", "cy", "da", "de", "es", "et", "eu", "fi", "ga", "hr", "hu", "id", "is",
-         "it", "lt", "nl", "pl", "pt", "ro", "so", "sq", "sv", "sw", "tr", "vi")
 OTHER_SCRIPTS = ("ar", "el", "he", "hi", "hy", "ja", "ka", "ko", "ru", "th", "uk")
-# fmt: on
-_LONGEST = 24  # characters of a name; a few are whole sentences
 _CITIES_PER_COUNTRY = 60  # or half of all answers would be India, Brazil and China
 
 
@@ -58,7 +55,7 @@ def cities(single: Single) -> list[Fact]:
     countries = {code: c for code, c in source.get_countries().items() if single(c["name"])}
     by_country: dict[str, list[Any]] = defaultdict(list)
     for city in source.get_cities().values():
-        if city["countrycode"] in countries and len(city["name"]) <= _LONGEST:
+        if city["countrycode"] in countries and len(city["name"]) <= LONGEST_WORD:
             by_country[city["countrycode"]].append(city)
     continents: dict[str, list[str]] = defaultdict(list)
     for code in sorted(by_country):
@@ -90,22 +87,13 @@ def states(single: Single) -> list[Fact]:
 
 def languages(single: Single) -> list[Fact]:
     """To which language, of those in Latin script, a word belongs."""
-    from babel import Locale
-
-    english = Locale("en")
-    known = [code for code in LATIN if single(english.languages[code])]
-    words = []
-    for code in known:
-        locale = Locale(code)
-        for kind in ("territories", "languages", "currencies"):
-            meanings = getattr(english, kind)
-            for key, word in sorted(getattr(locale, kind).items()):
-                region = kind == "territories" and len(key) != 2  # continents and the like
-                meaning = meanings.get(key)
-                if meaning and not region and word.lower() != meaning.lower() and len(word) <= _LONGEST:
-                    words.append((code, word, meaning))
-    rivals = tuple(english.languages[code] for code in known)
-    return [Fact(meaning, f'"{word}" is', english.languages[code], rivals) for code, word, meaning in words]
+    known = [(code, name) for code, name in language_names() if single(name)]
+    rivals = tuple(name for _, name in known)
+    return [
+        Fact(meaning, f'"{word}" is', name, rivals)
+        for code, name in known
+        for word, meaning in words_of(code)
+    ]
 
 
 def scripts(single: Single) -> list[Fact]:

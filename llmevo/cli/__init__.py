@@ -1,4 +1,4 @@
-"""The command line: run, validate, status, show, best, export, report, replay, merge-adapters, llm.
+"""The command line: run, validate, status, show, best, export, report, replay, merge-adapters, bench, llm.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 finished, 1 error, 2 usage or genome, 3 stopped
 early and resumable, 130 interrupted. Commands import what they need when they run, so that help is quick.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from llmevo.cli import adapters, model, replay
+from llmevo.cli import adapters, bench, model, replay
 from llmevo.cli.output import say as _print
 from llmevo.cli.output import say_json as _print_json
 from llmevo.errors import GenomeError, LlmevoError, SpaceError, TrialError
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 
 app.add_typer(model.app, name="llm")
+app.add_typer(bench.app, name="bench")
 app.command()(replay.replay)
 app.command()(adapters.merge_adapters)
 
@@ -271,7 +272,7 @@ def best(
     snippets = trained.snippets_of(findings, trial)
     if as_json:
         verdict = {"headline": findings.headline(), "verdict": findings.verdict()}
-        copied = snippets or {"python": None, "axolotl": None}
+        copied: dict[str, Any] = {"python": None, "axolotl": None, **(snippets or {})}
         _print_json({"trial": trial_json(trial), "recipe": recipe, **copied, **verdict})
         return
     print(f"# trial {trial.number} by {trial.origin}: {scored(findings, trial)}", file=sys.stderr)

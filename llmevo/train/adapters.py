@@ -7,6 +7,7 @@ had: PiSSA, which replaces weights by what its factors leave of them, has them p
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import re
 import warnings
@@ -337,6 +338,8 @@ def adapted(model: Any, settings: TrainSettings, peft_config: Any, name: str, se
 
 def _quantised(model: Any, settings: TrainSettings) -> AbstractContextManager[None]:
     """QLoRA's base in place of the resident one; any other method has that."""
+    # peft imports bitsandbytes for any LoRA, which then logs that it would like another package.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     names = list(linear_layers(model)) if settings.adapter == "qlora" else []
     return nf4.quantised(model, names) if names else nullcontext()
 

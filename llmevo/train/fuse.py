@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 from llmevo.errors import GenomeError
+from llmevo.train.trainer import RECORD
 
 
 def fuse(model: Path, adapter: Path) -> None:
     """Add an adapter to the weights of a model in a folder, in place; the folder is whole at any time.
 
-    The sum is computed in float32 and rounded once, to the dtype that the weights are stored in.
+    The sum is computed in float32 and rounded once, to the dtype that the weights are stored in. QLoRA's
+    adapter is added to what NF4 leaves of the weights, on which it was trained and scored.
 
     Args:
         model: Folder of a transformers model, as `merge.export` writes it.
@@ -25,10 +28,14 @@ def fuse(model: Path, adapter: Path) -> None:
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from llmevo.train.adapters import quiet_peft
+    from llmevo.train import nf4
+    from llmevo.train.adapters import linear_layers, quiet_peft
 
     dtype = AutoConfig.from_pretrained(str(model)).dtype or torch.bfloat16
     base = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    if _on_nf4(adapter):
+        for module in map(base.get_submodule, linear_layers(base)):
+            module.weight.data = nf4.round_trip(module)
     try:
         with quiet_peft():
             merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
@@ -48,3 +55,10 @@ def fuse(model: Path, adapter: Path) -> None:
         shutil.rmtree(old)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _on_nf4(adapter: Path) -> bool:
+    """Whether an adapter was trained here as QLoRA's."""
+    record = adapter / RECORD
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    return bool(known.get("settings", {}).get("adapter") == "qlora")

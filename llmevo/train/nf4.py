@@ -100,7 +100,7 @@ def round_trip(module: Any) -> torch.Tensor:
 
     weight = _usual(module)
     kept: torch.Tensor = dequantize_4bit(*quantize_4bit(weight, compress_statistics=True, quant_type="nf4"))
-    return kept.T if hasattr(module, "nf") else kept
+    return kept.T.contiguous() if hasattr(module, "nf") else kept
 
 
 @contextmanager

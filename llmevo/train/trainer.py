@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,6 +114,7 @@ class Trainer:
         base: str,
         folder: Path | None = None,
         rung: int | None = None,
+        tick: Callable[[int], None] | None = None,
     ) -> Iterator[Trained]:
         """Train a candidate; it is on the model inside the `with` block, and gone after it.
 
@@ -124,6 +125,7 @@ class Trainer:
             folder: Where the trained adapter is kept; one that is there already is not trained again. None
                 to keep nothing. A training that stops leaves its state beside it, and goes on from there.
             rung: Stop at `shares[rung]` of the tokens; None for the whole training.
+            tick: Called after each step with its number.
 
         Raises:
             StageError: The training diverged, or the settings do not fit the model.
@@ -146,7 +148,7 @@ class Trainer:
             training = Training(self._forward, adapter, examples, settings, self._seed, steps)
             state = None if folder is None else folder.with_name(f"{folder.name}.{key[:16]}.safetensors")
             try:
-                training.run(self._model, state, until=end)
+                training.run(self._model, state, tick, until=end)
             finally:
                 self.reached = tokens_of(steps[: len(training.losses)])
             parameters = adapter.parameters().values()

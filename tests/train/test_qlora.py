@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 from llmevo.errors import GenomeError  # noqa: E402
 from llmevo.genome.train import TrainSettings  # noqa: E402
 from llmevo.train import Trainer, adapters, methods, nf4, optimizers  # noqa: E402
+from llmevo.train.fuse import fuse  # noqa: E402
 
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.02}  # of what is written
 PROBE = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 
@@ -42,6 +45,8 @@ def test_the_adapter_is_trained_and_scored_on_what_a_user_loads(
     tiny: Any, tiny_folder: Path, tokenizer: Any, make_spec: Callable[..., Any], tmp_path: Path
 ) -> None:
     # The adapter is on the attention alone; all layers are quantised.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     spec = make_spec(adapter="qlora", epochs=2, target_modules="attn")
     trainer = Trainer(spec, tiny, tokenizer, seed=0)
     plain = tiny(PROBE).logits
@@ -58,6 +63,12 @@ def test_the_adapter_is_trained_and_scored_on_what_a_user_loads(
     with trainer.candidate(spec.settings({}), 0, "base", tmp_path / "trial") as again:
         assert sum(trainer.losses("validation")) == pytest.approx(held, abs=1e-5)
     assert again == trained
+    # So is what is exported: the weights that NF4 leaves, and the adapter.
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    fuse(tmp_path / "model", tmp_path / "trial")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    stored = AutoConfig.from_pretrained(tiny_folder).dtype
+    torch.testing.assert_close(exported(PROBE).logits, logits, atol=TOLERANCE[stored], rtol=0)
 
 
 def test_the_optimizer_is_the_8_bit_one_of_bitsandbytes() -> None:

@@ -1,0 +1,88 @@
+"""`llmevo bench adapters`: every method on the same tokens, counted and scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+from llmevo.cli import main  # noqa: E402
+from llmevo.errors import GenomeError  # noqa: E402
+from llmevo.genome.train import ADAPTERS  # noqa: E402
+from llmevo.train import comparison, memory  # noqa: E402
+
+
+@pytest.mark.usefixtures("untouched")
+def test_methods_are_trained_on_the_same_tokens_and_scored_on_the_same_examples(
+    tiny: Any, tokenizer: Any, facts_file: Path
+) -> None:
+    lines: list[str] = []
+    data, methods = {"train": str(facts_file)}, ("lora", "deltalora", "ia3")
+    found = comparison.compare(tiny, tokenizer, data, methods, tokens=1500, seeds=2, note=lines.append)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == [line.split(":")[0] for line in lines] == list(methods)
+    for row in rows.values():
+        assert len(row["losses"]) == 2
+        assert row["loss"] == pytest.approx(sum(row["losses"]) / 2)
+        assert row["gain"] == pytest.approx(found["untrained"] - row["loss"])
+        assert row["gain"] > 0
+        assert 0 < row["gain_stderr"] < row["stderr"]  # pairs
+        assert row["seconds"] > 0
+    assert rows["ia3"]["rank"] is None
+    assert rows["ia3"]["learning_rate"] == 5e-3
+    assert rows["ia3"]["trained"] < 0.1 * rows["lora"]["trained"] == 0.1 * rows["deltalora"]["trained"]
+    # Delta-LoRA goes further on the same gradients.
+    assert rows["deltalora"]["gain"] > rows["lora"]["gain"]
+    assert json.loads(json.dumps(found)) == found
+    with pytest.raises(GenomeError, match=r"`--methods` must name some of lora, .* but got 'lore'"):
+        comparison.compare(tiny, tokenizer, data, ["lore"], tokens=100)
+
+
+def test_the_peak_is_that_of_the_block() -> None:
+    device = torch.device("cpu")
+    with memory.peak(device) as first:
+        held = torch.ones(48 << 18)  # 48 MiB
+        del held
+    with memory.peak(device) as second:
+        pass
+    assert memory.source(device) == memory.RSS
+    if first.bytes is None or second.bytes is None:
+        pytest.skip("this system does not count a process's memory")
+    assert 47 << 20 < first.bytes < 80 << 20
+    assert second.bytes < 8 << 20
+
+
+def test_the_default_data_has_no_meaning_in_both_parts() -> None:
+    pytest.importorskip("babel")
+    with comparison.words() as files:
+        learnt, held_out = (
+            [json.loads(line) for line in Path(files[part]).read_text().splitlines()]
+            for part in ("train", "validation")
+        )
+    assert (len(learnt), len(held_out)) == (600, 300)
+    assert len({row["completion"] for row in learnt}) > 20
+    assert not {row["prompt"] for row in learnt} & {row["prompt"] for row in held_out}
+    assert not Path(files["train"]).exists()
+
+
+@pytest.mark.slow
+def test_the_command_prints_every_default_method(
+    tiny_folder: Path, facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(
+            [
+                *("bench", "adapters", "--model", str(tiny_folder), "--data", str(facts_file)),
+                *("--tokens", "300", "--dtype", "float32", "--out", str(tmp_path / "found.json")),
+            ]
+        )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:12]] == list(comparison.METHODS)
+    assert set(ADAPTERS) >= set(comparison.METHODS)
+    assert len(json.loads((tmp_path / "found.json").read_text())["rows"]) == 11
