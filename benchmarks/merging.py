@@ -269,16 +269,15 @@ def measure(methods: list[str], root: Path, runs: int, dtype: str) -> None:
             "difference": difference,
         }
         print(line(name, rows[name]), flush=True)
-        store({"machine": machine(), "size": size, "runs": runs, "methods": {name: rows[name]}})
+        store(RESULTS, {"machine": machine(), "size": size, "runs": runs, "methods": {name: rows[name]}})
 
 
-def store(results: dict[str, Any]) -> None:
+def store(path: Path, results: dict[str, Any]) -> None:
     """Write what was measured beside what is stored of other methods."""
-    if RESULTS.is_file():
-        stored = json.loads(RESULTS.read_text(encoding="utf-8"))
-        results["methods"] = stored["methods"] | results["methods"]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if path.is_file():
+        results["methods"] = json.loads(path.read_text(encoding="utf-8"))["methods"] | results["methods"]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def slow_first(method: str) -> bool:

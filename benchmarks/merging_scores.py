@@ -10,13 +10,13 @@ design: there the difference is that of two draws of the masks. Writes results/m
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+import merging
 import numpy as np
 
 from llmevo.evaluate import Evaluator
@@ -47,8 +47,8 @@ def answers(evaluator: Any, rung: int) -> dict[str, Any]:
     return {task: np.array(items) for task, items in evaluator.evaluate("search", rung=rung)[0].items.items()}
 
 
-def measure(methods: list[str], recipes: int, items: int) -> dict[str, Any]:
-    """Evaluate recipes of methods that hold adapters alike, in both modes."""
+def measure(methods: list[str], recipes: int, items: int) -> None:
+    """Evaluate recipes of methods that hold adapters alike, in both modes, and store each when it is done."""
     genome = load(Path("genomes/quickstart.yaml"))
     spec = genome.genome.model_copy(update={"merge_method": methods})
     merger = Merger(spec, genome.merge, device="cpu", dtype="bfloat16")
@@ -56,7 +56,6 @@ def measure(methods: list[str], recipes: int, items: int) -> dict[str, Any]:
     sizes = [sum(rung.values()) for rung in evaluator.describe()["rungs"]]
     rung = min(range(len(sizes)), key=lambda i: abs(sizes[i] - items))
     rng = np.random.default_rng(0)
-    rows = {}
     for method in methods:
         gaps, flipped, scores = [], [], []
         for number in range(recipes):
@@ -69,28 +68,28 @@ def measure(methods: list[str], recipes: int, items: int) -> dict[str, Any]:
             gaps.append(float(changes.mean()))
             flipped.append(int((changes != 0).sum()))
             scores.append(float(np.concatenate(list(scored[1].values())).mean()))
-        rows[method] = {
+        row = {
             "mean difference": float(np.mean(gaps)),
             "mean absolute difference": float(np.mean(np.abs(gaps))),
             "largest difference": float(np.max(np.abs(gaps))),
             "flipped items": flipped,
             "exact scores": scores,
         }
-        print(method, rows[method], flush=True)
-    return {"items": sizes[rung], "recipes": recipes, "methods": rows}
+        print(method, row, flush=True)
+        merging.store(RESULTS, {"items": sizes[rung], "recipes": recipes, "methods": {method: row}})
 
 
 def main() -> None:
     """Read the arguments, measure and store."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", type=int, default=5, help="of each method")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--items", type=int, default=200, help="the nearest rung is taken")
     arguments = parser.parse_args()
-    results = measure(list(SUMS), arguments.recipes, arguments.items)
-    masked = measure(list(MASKED), arguments.recipes, arguments.items)
-    results["methods"] |= masked["methods"]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for methods in (SUMS, MASKED):
+        chosen = [method for method in methods if method in arguments.methods]
+        if chosen:
+            measure(chosen, arguments.recipes, arguments.items)
 
 
 if __name__ == "__main__":
