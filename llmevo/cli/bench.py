@@ -50,9 +50,12 @@ def adapters(
     """Train every method on the same tokens: trainable share, time per step, memory, held-out loss."""
     from contextlib import nullcontext
 
+    from transformers.utils import logging
+
     from llmevo.embedded import smollm2
     from llmevo.train import comparison
 
+    logging.disable_progress_bar()
     chosen = comparison.METHODS if methods is None else tuple(name.strip() for name in methods.split(","))
     examples = comparison.words() if data is None else nullcontext({"train": str(data)})
     with tempfile.TemporaryDirectory(prefix="llmevo-bench-") as folder, examples as given:
@@ -79,12 +82,10 @@ def adapters(
 def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     """A model on its device, frozen, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     from llmevo import evaluate
     from llmevo.genome import EvaluateSpec
 
-    logging.disable_progress_bar()
     spec = EvaluateSpec.model_validate({"device": device, "dtype": dtype})
     where = evaluate.device(spec)
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=evaluate.dtype(spec, where))

@@ -18,9 +18,9 @@ VALIDATION_LOSS = "validation_loss"
 NLL = "nll,none"
 """Its one metric: the mean over the examples of their mean per target token, in nats."""
 
-# Methods that begin with a LoRA whose first weights may be drawn in several ways, on weights that may move.
-_FREE_INIT = ("lora", "rslora", "dora", "loraplus", "lorafa")
-_LORA = (*_FREE_INIT, "pissa", "adalora", "qlora", "deltalora")
+FREE_INIT = ("lora", "rslora", "dora", "loraplus", "lorafa")
+"""Methods whose first weights may be any of `INITS`."""
+_LORA = (*FREE_INIT, "pissa", "adalora", "qlora", "deltalora")
 PLAIN = ("randlora", "shira", "loha", "lokr", "miss", "oft", "fourierft", "vblora")
 """Methods of peft that need nothing of ours but a configuration."""
 ADAPTERS = (*_LORA, "vera", "ia3", *PLAIN)
@@ -48,7 +48,7 @@ _USED_BY = {
     "alpha": _SCALED,
     "alpha_over_rank": _SCALED,
     "dropout": (*(name for name in _LORA if name != "deltalora"), "vera", "randlora", "miss", "vblora"),
-    "init": (*_FREE_INIT, "qlora", "deltalora"),
+    "init": (*FREE_INIT, "qlora", "deltalora"),
     "loraplus_ratio": ("loraplus",),
     "delta_lambda": ("deltalora",),
     "delta_start": ("deltalora",),
@@ -206,7 +206,7 @@ class TrainSettings:
     @property
     def starts_from_base(self) -> bool:
         """Whether the adapter's first weights are taken out of the base's."""
-        return self.adapter == "pissa" or (self.adapter in _FREE_INIT and self.init in BASE_INITS)
+        return self.adapter == "pissa" or (self.adapter in FREE_INIT and self.init in BASE_INITS)
 
 
 DEFAULTS = TrainSettings()
@@ -297,7 +297,7 @@ class TrainSpec(Spec):
 
     def _check_init(self) -> None:
         inits, adapters = values_of(self.init), values_of(self.adapter)
-        fixed = [name for name in adapters if name in _USED_BY["init"] and name not in _FREE_INIT]
+        fixed = [name for name in adapters if name in _USED_BY["init"] and name not in FREE_INIT]
         if fixed and not set(inits).isdisjoint(BASE_INITS):
             raise ValueError(
                 f"`init` must not be {' or '.join(BASE_INITS)} with the adapter {' or '.join(fixed)}, which "

@@ -24,6 +24,9 @@ from llmevo.train.delta import Delta
 if TYPE_CHECKING:
     import torch
 
+# peft imports bitsandbytes where it is, for any LoRA; it then logs that it would like another package.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 MLP = re.compile(r"mlp|feed_?forward|ffn|experts|moe", re.IGNORECASE)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -338,8 +341,6 @@ def adapted(model: Any, settings: TrainSettings, peft_config: Any, name: str, se
 
 def _quantised(model: Any, settings: TrainSettings) -> AbstractContextManager[None]:
     """QLoRA's base in place of the resident one; any other method has that."""
-    # peft imports bitsandbytes for any LoRA, which then logs that it would like another package.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     names = list(linear_layers(model)) if settings.adapter == "qlora" else []
     return nf4.quantised(model, names) if names else nullcontext()
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from llmevo.errors import GenomeError
 from llmevo.genome.spec import IntGene
-from llmevo.genome.train import PLAIN, TrainSettings, TrainSpec, values_of
+from llmevo.genome.train import FREE_INIT, PLAIN, TrainSettings, TrainSpec, values_of
 from llmevo.train import nf4
 from llmevo.train.adapters import MLP, Targets, quiet_peft
 
 _PISSA = "pissa_niter_16"  # the randomised SVD: minutes less than the full one, and as good a start
 _BY_NAME = ("ia3", "shira")  # methods that have no choice of layers in peft, so that modules have full names
 _FLAGS: dict[str, dict[str, Any]] = {"rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+_USUAL_ONLY = ("shira", "loha", "lokr", "miss", "oft")  # methods that peft does not put on transposed weights
 _ANY_RANK = ("ia3", "vera", "randlora", "lokr", "oft", "fourierft", "vblora")
 _LONGEST_VECTOR = 256  # of VB-LoRA, as peft has it
 
@@ -25,6 +26,14 @@ def check(spec: TrainSpec, targets: Targets) -> None:
         GenomeError: A target matches nothing, a rank does not fit a layer, or a package is not installed.
     """
     nf4.check(spec)
+    refused = [name for name in values_of(spec.adapter) if name in _USUAL_ONLY]
+    if "olora" in values_of(spec.init) and any(name in FREE_INIT for name in values_of(spec.adapter)):
+        refused.append("init: olora")
+    if targets.transposed and refused:
+        raise GenomeError(
+            f"`train` must not have {refused[0]} with this model, whose modules hold their weights "
+            "transposed, as GPT-2's do: peft does it for usual linear modules only; remove it."
+        )
     depth = [value for value in values_of(spec.layers) if value is not None]
     for target in values_of(spec.target_modules):
         chosen = tuple(target) if isinstance(target, list) else target
@@ -81,7 +90,7 @@ def config(settings: TrainSettings, targets: Targets, seed: int, steps: int) -> 
     first = targets.layers - (settings.layers or targets.layers)
     chosen = None if first == 0 else list(range(first, targets.layers))
     common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": names}
-    if settings.adapter not in ("loha", "lokr", "miss", "oft"):
+    if settings.adapter not in _USUAL_ONLY:
         # NF4 modules hold their weights the usual way round, whatever they were made from.
         common["fan_in_fan_out"] = targets.transposed and settings.adapter != "qlora"
     if settings.adapter in _BY_NAME:

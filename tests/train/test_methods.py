@@ -104,3 +104,19 @@ def test_a_rank_that_a_method_cannot_have_is_said(
 ) -> None:
     with pytest.raises(GenomeError, match=message):
         Trainer(make_spec(**settings), tiny, tokenizer, seed=0)
+
+
+@pytest.mark.parametrize("settings", [{"adapter": "lokr"}, {"init": {"choice": ["default", "olora"]}}])
+def test_what_a_gpt2_cannot_have_is_said_by_name(
+    tokenizer: Any, make_spec: Callable[..., Any], settings: dict[str, Any]
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    named = "lokr" if "adapter" in settings else "init: olora"
+    with pytest.raises(
+        GenomeError, match=rf"`train` must not have {named} with this model, .* as GPT-2's do"
+    ):
+        Trainer(make_spec(**settings), GPT2LMHeadModel(config).eval(), tokenizer, seed=0)
