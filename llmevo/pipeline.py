@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+import numpy as np
+
 from llmevo.errors import GenomeError, StageError
 from llmevo.evaluate.hardware import free_memory
 from llmevo.space import Params
@@ -38,6 +40,7 @@ class Job:
         rung: Score only the items up to this rung, an index into `describe()["rungs"]`; in a run that trains,
             train up to this share, an index into `describe()["shares"]`, and score its loss. None for all.
         exact: Merge with mergekit's own arithmetic, whatever `merge.mode` says.
+        rerun: Train with the seed of this re-run; 0 for the search's own.
     """
 
     number: int
@@ -47,6 +50,17 @@ class Job:
     recipe: dict[str, Any] | None = None
     rung: int | None = None
     exact: bool = False
+    rerun: int = 0
+
+
+def training_seed(seed: int, rerun: int) -> int:
+    """The seed of a training: the run's own, or for a re-run another that follows from both."""
+    return seed if rerun == 0 else int(np.random.SeedSequence([seed, rerun]).generate_state(1)[0]) >> 1
+
+
+def adapter_folder(number: int, rerun: int = 0) -> str:
+    """The name of a trial's folder in `ADAPTERS`."""
+    return f"trial{number:04d}" + (f"-rerun{rerun}" if rerun else "")
 
 
 @final
@@ -208,10 +222,11 @@ class MergePipeline:
     def _candidate(self, job: Job, merged: dict[str, Any]) -> AbstractContextManager[Trained]:
         """The job's training on the merge that is in the model."""
         assert self._trainer is not None
-        folder = None if self._kept is None else self._kept / f"trial{job.number:04d}"
+        folder = None if self._kept is None else self._kept / adapter_folder(job.number, job.rerun)
         base = self._merger.identity(merged, job.seed)
         settings = self._trainer.settings(job.params)
-        return self._trainer.candidate(settings, job.number, base, folder, job.rung)
+        seed = training_seed(job.seed, job.rerun)
+        return self._trainer.candidate(settings, job.number, base, folder, job.rung, seed=seed)
 
     def describe(self) -> dict[str, Any]:
         """`device`, `dtype`, `parents`, `parent_bytes`, `memory`, `seconds`, and `Fitness.describe()`."""

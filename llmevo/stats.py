@@ -1,8 +1,8 @@
 """Intervals and tests for scores that are noisy: what a gain is worth.
 
-Only numpy is imported. Scores of two models on the same items are paired: what both find hard cancels, which
-makes the interval of their difference two to three times narrower than that of either score (Miller 2024,
-https://arxiv.org/abs/2411.00640).
+Importing this imports only numpy. Scores of two models on the same items are paired: what both find hard
+cancels, which makes the interval of their difference two to three times narrower than that of either score
+(Miller 2024, https://arxiv.org/abs/2411.00640).
 """
 
 from __future__ import annotations
@@ -174,6 +174,82 @@ def paired_p_value(
     # Sums of 0/1 differences fall on a grid: what is as far to within rounding is as far.
     as_far = int((apart >= abs(observed) - 1e-9 * max(1.0, abs(observed))).sum())
     return (1 + as_far) / (1 + resamples)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far a score moves from seed to seed.
+
+    Args:
+        deviation: Standard deviation of one training's score.
+        freedom: Degrees of freedom that it rests on, at least 1.
+    """
+
+    deviation: float
+    freedom: int
+
+
+def pooled_spread(groups: Sequence[Sequence[float]]) -> Spread | None:
+    """The standard deviation within groups, taken to be the same in all; None where no group has two values.
+
+    Args:
+        groups: For each configuration, the scores of its trainings.
+    """
+    several = [np.array(group, dtype=float) for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in several)
+    if freedom == 0:
+        return None
+    squares = math.fsum(float(((group - group.mean()) ** 2).sum()) for group in several)
+    return Spread(math.sqrt(squares / freedom), freedom)
+
+
+def paired_over_seeds(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    seeds: tuple[int, int],
+    spread: Spread,
+    *,
+    weights: Mapping[str, float] | None = None,
+    level: float = 0.95,
+) -> tuple[Interval, float]:
+    """`paired_difference` and its two-sided p-value between means over trainings with several seeds.
+
+    Other items would give another difference, and so would other seeds. The variance is the sum of both,
+    `sum over tasks of weight^2 var(a - b) / n + deviation^2 (1 / seeds_a + 1 / seeds_b)`, and the statistic
+    has a t distribution with the degrees of freedom of Welch and Satterthwaite (Satterthwaite 1946,
+    https://doi.org/10.2307/3002019).
+
+    Args:
+        a: Per-item scores by task, each the mean over the seeds.
+        b: The same tasks and items.
+        seeds: Trainings behind `a` and behind `b`; 0 for a model that no seed changes.
+        spread: Of one training's score.
+        weights: Weight by task; 1 for a task without one.
+        level: Confidence, in (0, 1).
+
+    Raises:
+        StatsError: As `paired_difference`.
+    """
+    from scipy.special import stdtr, stdtrit
+
+    _check_level(level)
+    parts: list[tuple[float, float]] = []  # of the variance, with their degrees of freedom
+    estimate = 0.0
+    for task, (first, second) in _pairs(a, b).items():
+        weight, gaps = float((weights or {}).get(task, 1.0)), first - second
+        estimate += weight * float(gaps.mean())
+        if len(gaps) > 1:
+            parts.append((weight**2 * float(gaps.var(ddof=1)) / len(gaps), len(gaps) - 1))
+    parts.append((spread.deviation**2 * sum(1 / count for count in seeds if count), spread.freedom))
+    variance = math.fsum(part for part, _ in parts)
+    if variance == 0:
+        return Interval(estimate, estimate, estimate, level), float(estimate == 0)
+    freedom = variance**2 / math.fsum(part**2 / count for part, count in parts)
+    error = math.sqrt(variance)
+    half = float(stdtrit(freedom, (1 + level) / 2)) * error
+    p_value = 2 * float(stdtr(freedom, -abs(estimate) / error))
+    return Interval(estimate - half, estimate + half, estimate, level), p_value
 
 
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> float:

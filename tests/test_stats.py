@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from scipy import stats as reference
 
 from llmevo.errors import StatsError
-from llmevo.stats import holm, mcnemar, paired_difference, paired_p_value, wilson
+from llmevo.stats import (
+    Spread,
+    holm,
+    mcnemar,
+    paired_difference,
+    paired_over_seeds,
+    paired_p_value,
+    pooled_spread,
+    wilson,
+)
 
 BITS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
 
@@ -177,3 +186,51 @@ def test_p_values_refuse_what_cannot_be_compared() -> None:
         paired_p_value({"t": [1.0]}, {"t": [1.0, 0.0]})
     with pytest.raises(StatsError, match="resamples"):
         paired_p_value({"t": [1.0]}, {"t": [0.0]}, resamples=1)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 6), st.integers(2, 6), st.integers(1, 9))
+def test_seeds_alone_are_a_two_sample_t_test(seed: int, few: int, many: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    first, second = rng.normal(0, 1, few).tolist(), rng.normal(1, 2, many).tolist()
+    spread = pooled_spread([first, second])
+    assert spread is not None
+    items = [{"t": [float(np.mean(values))] * count} for values in (first, second)]
+    interval, p_value = paired_over_seeds(*items, (len(first), len(second)), spread)
+    theirs = reference.ttest_ind(first, second)
+    low, high = theirs.confidence_interval(0.95)
+    assert p_value == pytest.approx(theirs.pvalue, abs=1e-9)
+    assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))
+
+
+def test_items_alone_are_a_paired_t_test_and_both_are_wider_than_each() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(0.3, 1, 40)
+    b = rng.normal(0, 1, 40)
+    alone, p_value = paired_over_seeds({"t": a.tolist()}, {"t": b.tolist()}, (2, 2), Spread(0.0, 4))
+    theirs = reference.ttest_rel(a, b)
+    assert p_value == pytest.approx(theirs.pvalue)
+    assert tuple(theirs.confidence_interval(0.95)) == pytest.approx((alone.low, alone.high))
+    both, p_both = paired_over_seeds({"t": a.tolist()}, {"t": b.tolist()}, (2, 2), Spread(0.2, 4))
+    assert both.low < alone.low < alone.high < both.high
+    assert p_both > p_value
+    # A model that no seed changes adds nothing.
+    one, _ = paired_over_seeds({"t": a.tolist()}, {"t": b.tolist()}, (2, 0), Spread(0.2, 4))
+    assert alone.low > one.low > both.low
+    assert pooled_spread([[1.0], [2.0]]) is None
+    assert paired_over_seeds({"t": [1.0]}, {"t": [1.0]}, (2, 2), Spread(0.0, 1))[1] == 1.0
+
+
+def test_an_interval_over_seeds_and_items_holds_its_level() -> None:
+    """Two equal settings, thirty items, two seeds each, four more settings to pool over."""
+    rng = np.random.default_rng(1)
+    covered, runs = 0, 400
+    for _ in range(runs):
+        items = rng.normal(0, 0.3, 30)
+        seeds = rng.normal(0, 0.1, (6, 2))
+        scores = items + seeds[:, :, None] + rng.normal(0, 0.05, (6, 2, 30))
+        spread = pooled_spread(scores.mean(axis=2).tolist())
+        assert spread is not None
+        a, b = scores[0].mean(axis=0), scores[1].mean(axis=0)
+        interval, _ = paired_over_seeds({"t": a.tolist()}, {"t": b.tolist()}, (2, 2), spread)
+        covered += interval.low <= 0 <= interval.high
+    assert 0.92 <= covered / runs <= 0.99

@@ -14,15 +14,15 @@ class RecordedExecutor:
     """Answers each job with what a run recorded of it; computes nothing.
 
     Args:
-        outcomes: By split, trial number and rung (None for all items). A job without one gets an Outcome with
-            `error`.
+        outcomes: By split, trial number, rung (None for all items) and re-run (0 for none). A job without one
+            gets an Outcome with `error`.
         facts: What the run's pipeline said of itself.
     """
 
     workers = 1
 
     def __init__(
-        self, outcomes: Mapping[tuple[Split, int, int | None], Outcome], facts: Mapping[str, Any]
+        self, outcomes: Mapping[tuple[Split, int, int | None, int], Outcome], facts: Mapping[str, Any]
     ) -> None:
         self._outcomes = outcomes
         self._facts = facts
@@ -35,7 +35,7 @@ class RecordedExecutor:
         """The recorded outcome, at once."""
         done: Future[Outcome] = Future()
         missing = Outcome(job.number, error="no outcome was recorded", stage="evaluate")
-        done.set_result(self._outcomes.get((job.split, job.number, job.rung), missing))
+        done.set_result(self._outcomes.get((job.split, job.number, job.rung, job.rerun), missing))
         return done
 
     def shutdown(self, cancel: bool = False) -> None:

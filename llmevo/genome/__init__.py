@@ -212,6 +212,7 @@ FREE = (
     "search.on_outage",
     "run",
     "evaluate.finalists",
+    "evaluate.reruns",
     "llm.base_url",
     "llm.api_key_env",
     "llm.timeout",

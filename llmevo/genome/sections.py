@@ -147,6 +147,8 @@ class EvaluateSpec(Spec):
         task_path: Folders with local lm-eval tasks. They are code: name only what you trust.
         max_length: Longest context in tokens; None for the model's.
         finalists: How many of the best trials are scored on the held-out items at the end.
+        reruns: With `train`: how often the finalists and the default are trained again with fresh seeds, so
+            that the mean over seeds decides between them.
         reference: Whether every forward pass is lm-eval's own (`--reference-eval`), instead of one that
             computes shared contexts once.
     """
@@ -158,6 +160,7 @@ class EvaluateSpec(Spec):
     task_path: list[str] = Field(default_factory=list)
     max_length: Annotated[int, Field(ge=1)] | None = None
     finalists: Annotated[int, Field(ge=1)] = 3
+    reruns: Annotated[int, Field(ge=0)] = 1
     reference: bool = False
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from llmevo import genome as genomes
-from llmevo.errors import StatsError
 from llmevo.genome import Genome
 from llmevo.report import verdict
 from llmevo.report.words import spending
-from llmevo.runner.finals import DEFAULT, summarise
+from llmevo.runner.finals import DEFAULT, difference, summarise
 from llmevo.runner.observer import Row, RunSummary
-from llmevo.stats import Interval, paired_difference
+from llmevo.stats import Interval
 from llmevo.store import Store
 from llmevo.trial import Score, State, Trial, standing, trained_share
 
@@ -178,15 +177,9 @@ class Findings:
 
     def gap_to(self, kind: str) -> Interval | None:
         """How far the evolved model is from the `uniform` merge or the `warm_start` on the held-out items."""
-        row = self.winner
-        table = self.summary.table
-        other = next((other.score for other in table if other.label.split(":")[0] == kind), None)
-        if row is None or row.score is None or other is None:
-            return None
-        try:
-            return paired_difference(row.score.items, other.items, weights=self.weights)
-        except StatsError:  # scores without items have no pairs
-            return None
+        row, table = self.winner, self.summary.table
+        other = next((other for other in table if other.label.split(":")[0] == kind), None)
+        return None if row is None or other is None else difference(row, other, self.weights)
 
     def effort(self) -> Effort | None:
         """What halving saved; None where every trial answers all items, or is trained to its end."""
@@ -268,6 +261,8 @@ def _row_json(row: Row) -> dict[str, Any]:
         "difference": _interval_json(row.interval),
         "p_value": row.p_value,
         "optimism": row.optimism,
+        "seeds": row.seeds,
+        "seed_deviation": None if row.spread is None else row.spread.deviation,
         "error": row.error,
     }
 

@@ -98,6 +98,7 @@ def _gain(findings: Findings) -> str:
         _against_rival(findings, row),
         _finalists(findings),
         _optimism(findings, row),
+        _seeds(findings, row),
         _against(findings, "uniform", "uniform merge"),
         _against(findings, "warm_start", "best warm start"),
     )
@@ -149,6 +150,20 @@ def _optimism(findings: Findings, row: Row) -> str:
     if rival is not None and rival.optimism is not None:
         text += f", and the {findings.rival_name} {_apart(rival.optimism)} them"
     return f"{text}: the best of many noisy scores flatters itself."
+
+
+def _seeds(findings: Findings, row: Row) -> str:
+    """Over how many trainings the winner was averaged, and how much luck one has."""
+    if row.spread is None:
+        return ""
+    text = (
+        f"Its score is the mean of {row.seeds} trainings with different seeds; from seed to seed a score "
+        f"moves by {number(row.spread.deviation)} (standard deviation), which the intervals allow for"
+    )
+    best = findings.summary.best
+    if best is not None and best.number == row.trial.number:
+        text += f". best/adapter is the training with the search's seed, {findings.genome.search.seed}"
+    return f"{text}."
 
 
 def _apart(optimism: float) -> str:

@@ -18,10 +18,10 @@ from llmevo.executors import Executor
 from llmevo.genome import Genome, yamltext
 from llmevo.llm.transcript import Recorder, Transcript
 from llmevo.optimizer import Optimizer
-from llmevo.pipeline import Job, Outcome, Split
+from llmevo.pipeline import Outcome
 from llmevo.recipe import Recipes, num_layers
 from llmevo.rundir import write_atomic
-from llmevo.runner import adapters, finals, opening
+from llmevo.runner import adapters, closing, finals, opening, reruns
 from llmevo.runner import facts as describe
 from llmevo.runner.facts import TRUNCATED, truncated
 from llmevo.runner.finals import summarise as summarise
@@ -32,6 +32,7 @@ from llmevo.runner.observer import RunSummary as RunSummary
 from llmevo.runner.rungs import Rungs, cost
 from llmevo.runner.signals import Interrupted, Stop
 from llmevo.runner.workers import LIMIT, Halt, Workers
+from llmevo.runner.workers import job_of as job_of
 from llmevo.store import Store
 from llmevo.trial import State, Trial
 
@@ -88,16 +89,6 @@ def run(
         store.log("ended", exit_code=summary.exit_code, reason=summary.reason, elapsed=summary.elapsed)
         observer.ended(summary)
     return summary
-
-
-def job_of(genome: Genome, trial: Trial, split: Split = "search", rung: int | None = None) -> Job:
-    """The job that evaluates a trial: on the held-out items with mergekit's own arithmetic, as the export.
-
-    All trials of a run share one seed: equal recipes give equal weights, DARE and DELLA masks are common
-    random numbers across the search, and `mergekit-yaml --random-seed` finds the evaluated model again.
-    """
-    recipe = trial.attrs.get("recipe")
-    return Job(trial.number, trial.params, genome.search.seed, split, recipe, rung, split == "holdout")
 
 
 @final
@@ -163,13 +154,15 @@ class _Sitting:
             self.observer.note(f"language model: {self._chat.describe()}")
             self.store.set_meta("llm", self._chat.describe())
         if self.optimizer.best is not None:
-            self._save_best(self.optimizer.best)  # the last sitting may have died just before
+            self._save_best(self._best(self.optimizer.best))  # the last sitting may have died just before
         try:
             self._find_mode()
             reason = self._search()
             if self.optimizer.best is None:
                 return 1, f"no trial was completed; {self._last_error()}"
-            self._score_finalists()
+            trials, count = self.optimizer.trials, len(self.references)
+            closing.score(self.genome, self.store, self.observer, self._workers, trials, count)
+            self._save_best(self._best(self.optimizer.best))
         except Halt as halt:
             return halt.exit_code, halt.reason
         except Interrupted:
@@ -363,32 +356,14 @@ class _Sitting:
         recipe: dict[str, Any] = trial.attrs.get("recipe") or self.recipes.recipe(trial.params)
         return recipe
 
+    def _best(self, leading: Trial) -> Trial:
+        """The best trial, `leading` unless trainings with other seeds have shown another."""
+        trials, again = self.optimizer.trials, self.store.reruns()
+        planned = finals.planned(self.genome, trials, len(self.references), again)
+        return reruns.best_of(trials, planned, again, self.genome.search.direction) or leading
+
     def _save_best(self, best: Trial) -> None:
         text = yamltext.dump(self.recipe(best))
         write_atomic(self.store.run_dir / "best" / "recipe.yaml", text)
         if self.genome.train is not None:
             adapters.publish(self.store.run_dir, best.number, self.genome.alone)
-
-    def _score_finalists(self) -> None:
-        """Score the plan's trials on the held-out items; what an earlier sitting scored is kept."""
-        if self.genome.evaluate.holdout == 0:
-            return
-        known = self.store.holdout_numbers()
-        planned = finals.plan(
-            self.optimizer.trials,
-            references=len(self.references),
-            direction=self.genome.search.direction,
-            finalists=self.genome.evaluate.finalists,
-        )
-        plan = {trial.number: label for label, trial in planned}
-        self.store.label_holdout({label: number for number, label in plan.items() if number in known})
-        new = [number for number in plan if number not in known]
-        if not new:
-            return
-        self.observer.note(f"scoring {len(new)} trials on the held-out items")
-        jobs = [job_of(self.genome, self.optimizer.trials[number], "holdout") for number in new]
-
-        def arrived(outcome: Outcome) -> None:
-            self.store.save_holdout(plan[outcome.number], outcome.number, outcome)
-
-        self._workers.drive(jobs, arrived)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llmevo.errors import StoreError
-from llmevo.pipeline import ADAPTERS
+from llmevo.pipeline import ADAPTERS, adapter_folder
 from llmevo.trial import Direction, State, Trial, ranked
 
 BEST = Path("best") / "adapter"
@@ -17,7 +17,7 @@ BEST = Path("best") / "adapter"
 
 def folder_of(run_dir: Path, number: int) -> Path:
     """Where a trial's adapter is, if it is kept."""
-    return run_dir / ADAPTERS / f"trial{number:04d}"
+    return run_dir / ADAPTERS / adapter_folder(number)
 
 
 def prune(
@@ -36,10 +36,16 @@ def prune(
     over = (t.number for t in trials[references:] if t.state is not State.PENDING and t.number not in best)
     _remove(run_dir, over)
     # What a training that was interrupted left behind is of use to its own trial only.
-    pending = {f"trial{trial.number:04d}" for trial in trials if trial.state is State.PENDING}
+    pending = {adapter_folder(trial.number) for trial in trials if trial.state is State.PENDING}
     for state in (run_dir / ADAPTERS).glob("trial*.safetensors"):
         if state.name.split(".")[0] not in pending:
             state.unlink(missing_ok=True)
+
+
+def prune_reruns(run_dir: Path) -> None:
+    """Delete the adapters of re-runs, which are of no use once they are scored on the held-out items."""
+    for folder in (run_dir / ADAPTERS).glob("trial*-rerun*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(run_dir: Path, numbers: Iterable[int]) -> None:

@@ -2,23 +2,27 @@
 
 The search chose the winner by its score on the search items, so that score flatters it. The held-out items
 were not seen; the table gives each finalist's paired difference to the best parent on them, with a p-value
-that allows for the number of finalists, and by how much the search had flattered each row.
+that allows for the number of finalists, and by how much the search had flattered each row. Trainings are
+compared by their means over seeds, and the intervals allow for other seeds too.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from llmevo.errors import StatsError
+from llmevo.genome import Genome
 from llmevo.llm.ledger import Price, Totals
 from llmevo.llm.transcript import FOLDER, spent
 from llmevo.proposers import Direction
 from llmevo.runner.observer import Row, RunSummary
-from llmevo.stats import Interval, holm, paired_difference, paired_p_value
+from llmevo.runner.reruns import Outcomes, averaged, best_first, best_of, scores_of, spread
+from llmevo.stats import Interval, Spread, holm, paired_difference, paired_over_seeds, paired_p_value
 from llmevo.store import HoldoutRow, Store
-from llmevo.trial import Score, Trial, best, ranked
+from llmevo.trial import Score, Trial, ranked
 
 EVOLVED = "evolved"
 DEFAULT = "default"
@@ -54,6 +58,30 @@ def plan(
     return chosen
 
 
+def is_trained_again(label: str) -> bool:
+    """Whether the trial with this label is one of those that are trained with several seeds."""
+    return label == DEFAULT or label.startswith(EVOLVED)
+
+
+def planned(
+    genome: Genome, trials: Sequence[Trial], references: int, outcomes: Outcomes
+) -> list[tuple[str, Trial]]:
+    """`plan` as a genome has it, the finalists in the order of their means over seeds.
+
+    Args:
+        genome: What was searched.
+        trials: The whole run, by number.
+        references: How many of the first trials no proposer made.
+        outcomes: Of the re-runs.
+    """
+    direction, finalists = genome.search.direction, genome.evaluate.finalists
+    chosen = plan(trials, references=references, direction=direction, finalists=finalists)
+    kept = [pair for pair in chosen if not pair[0].startswith(EVOLVED)]
+    labels = [label for label, _ in chosen if label.startswith(EVOLVED)]
+    evolved = [trial for label, trial in chosen if label.startswith(EVOLVED)]
+    return [*kept, *zip(labels, best_first(evolved, outcomes, direction), strict=True)]
+
+
 def summarise(store: Store, ending: tuple[int, str] | None = None, elapsed: float = 0.0) -> RunSummary:
     """A run as its store has it, at any time of its life; also while another process drives it.
 
@@ -68,14 +96,10 @@ def summarise(store: Store, ending: tuple[int, str] | None = None, elapsed: floa
         over = last is not None and last["kind"] == "ended"
         ending = (last["exit_code"], last["reason"]) if last and over else (3, "it is running, or was killed")
     exit_code, reason = ending
-    search = store.genome.search
+    search, over = store.genome.search, exit_code == 0
     references = trials[: store.meta("references", 0)]
-    planned = plan(
-        trials,
-        references=len(references),
-        direction=search.direction,
-        finalists=store.genome.evaluate.finalists,
-    )
+    again = store.reruns()
+    chosen = planned(store.genome, trials, len(references), again)
     intended, proposed = attributed(trials)
     seconds: Counter[str] = Counter()
     for trial in trials:
@@ -86,11 +110,11 @@ def summarise(store: Store, ending: tuple[int, str] | None = None, elapsed: floa
         exit_code=exit_code,
         reason=reason,
         resumable=exit_code != 0,
-        best=best(trials, search.direction),
-        evolved=next((trial for label, trial in planned if label == EVOLVED), None),
+        best=best_of(trials, chosen, again, search.direction),
+        evolved=next((trial for label, trial in chosen if label == EVOLVED), None),
         trials=trials,
         references=references,
-        table=tuple(table(weights, planned, store.holdout(), search.direction)) if exit_code == 0 else (),
+        table=tuple(table(weights, chosen, store.holdout(), search.direction, again)) if over else (),
         origins=dict(Counter(trial.origin for trial in trials)),
         seconds=dict(seconds),
         elapsed=elapsed,
@@ -130,6 +154,7 @@ def table(
     planned: Sequence[tuple[str, Trial]],
     holdout: Sequence[HoldoutRow],
     direction: Direction,
+    outcomes: Outcomes,
 ) -> list[Row]:
     """The planned trials that were scored, each with its difference to the rival.
 
@@ -140,33 +165,55 @@ def table(
         planned: From `plan`.
         holdout: From `Store.holdout`.
         direction: Of the search's score.
+        outcomes: Of the re-runs; a row is the mean over the trainings of its trial.
     """
     scored = {row.number: row for row in holdout}
     finalists = sum(label.startswith(EVOLVED) for label, _ in planned)
     default = any(label == DEFAULT for label, _ in planned)
-    rivals = [
-        trial.number for label, trial in planned if (label == DEFAULT if default else _is_parent(label))
+    noise = spread({row.number: row.score for row in holdout if row.score is not None}, outcomes)
+    rows = [
+        _row(label, trial, scored[trial.number], weights, direction, outcomes, noise)
+        for label, trial in planned
+        if trial.number in scored
     ]
-    rival = next((scored[number].score for number in rivals if number in scored), None)
-    rows = []
-    for label, trial in planned:
-        row = scored.get(trial.number)
-        if row is None:
-            continue
-        level = 1 - _ERROR_RATE / (finalists if label.startswith(EVOLVED) else 1)
-        compared = label != DEFAULT and (default or not _is_parent(label))
-        interval = _difference(row.score, rival, weights, level) if compared else None
-        optimism = _optimism(trial.score, row.score, direction)
-        rows.append(Row(label, trial, row.score, interval, row.error, optimism=optimism))
-    return _tested(rows, rival, weights)
+    rivals = (row for row in rows if (row.label == DEFAULT if default else _is_parent(row.label)))
+    rival = next(rivals, None)
+    found = []
+    for row in rows:
+        level = 1 - _ERROR_RATE / (finalists if row.label.startswith(EVOLVED) else 1)
+        compared = row.label != DEFAULT and (default or not _is_parent(row.label))
+        interval = difference(row, rival, weights, level) if compared and rival is not None else None
+        found.append(replace(row, interval=interval))
+    return _tested(found, rival, weights)
 
 
-def _tested(rows: Sequence[Row], rival: Score | None, weights: Mapping[str, float]) -> list[Row]:
+def _row(
+    label: str,
+    trial: Trial,
+    held_out: HoldoutRow,
+    weights: Mapping[str, float],
+    direction: Direction,
+    outcomes: Outcomes,
+    noise: Spread | None,
+) -> Row:
+    """A row without its comparison: the mean over the trainings of a trial, where it was trained."""
+    score, trained = held_out.score, "train" in trial.metrics
+    again = [s for s in scores_of(trial.number, outcomes, "holdout") if s is not None]
+    seeds = 1 + len(again) if trained and score is not None else 0
+    if again and score is not None:
+        score = averaged([score, *again], weights)
+    if score is not None and seeds and noise is not None and score.stderr is not None:
+        score = replace(score, stderr=math.hypot(score.stderr, noise.deviation / math.sqrt(seeds)))
+    optimism = _optimism(trial.score, score, direction)
+    return Row(label, trial, score, None, held_out.error, optimism=optimism, seeds=seeds, spread=noise)
+
+
+def _tested(rows: Sequence[Row], rival: Row | None, weights: Mapping[str, float]) -> list[Row]:
     """The rows with the finalists' p-values, which together err no more often than one would."""
     found = {
-        place: paired_p_value(row.score.items, rival.items, weights=weights)
+        place: _p_value(row, rival, weights)
         for place, row in enumerate(rows)
-        if row.label.startswith(EVOLVED) and row.score and rival and row.interval is not None
+        if row.label.startswith(EVOLVED) and rival is not None and row.interval is not None
     }
     adjusted = dict(zip(found, holm(list(found.values())), strict=True))
     return [replace(row, p_value=adjusted.get(place)) for place, row in enumerate(rows)]
@@ -183,12 +230,27 @@ def _optimism(search: Score | None, held_out: Score | None, direction: Direction
     return gap if direction == "maximize" else -gap
 
 
-def _difference(
-    score: Score | None, parent: Score | None, weights: Mapping[str, float], level: float
-) -> Interval | None:
-    if score is None or parent is None:
+def difference(row: Row, other: Row, weights: Mapping[str, float], level: float = 0.95) -> Interval | None:
+    """The paired difference of two rows, allowing for other items and, where seeds are known, other seeds.
+
+    None where a score is missing or has no items.
+    """
+    if row.score is None or other.score is None:
         return None
     try:
-        return paired_difference(score.items, parent.items, weights=weights, level=level)
+        if row.spread is not None:
+            seeds = row.seeds, other.seeds
+            items, others = row.score.items, other.score.items
+            return paired_over_seeds(items, others, seeds, row.spread, weights=weights, level=level)[0]
+        return paired_difference(row.score.items, other.score.items, weights=weights, level=level)
     except StatsError:  # a score without items has no pairs
         return None
+
+
+def _p_value(row: Row, rival: Row, weights: Mapping[str, float]) -> float:
+    assert row.score is not None
+    assert rival.score is not None
+    items, others = row.score.items, rival.score.items
+    if row.spread is not None:
+        return paired_over_seeds(items, others, (row.seeds, rival.seeds), row.spread, weights=weights)[1]
+    return paired_p_value(items, others, weights=weights)

@@ -10,7 +10,7 @@ from typing import Protocol, final
 from llmevo.genome import Genome
 from llmevo.llm.ledger import Totals
 from llmevo.space import Space
-from llmevo.stats import Interval
+from llmevo.stats import Interval, Spread
 from llmevo.trial import Score, Trial
 
 
@@ -54,6 +54,8 @@ class Row:
             correction over the finalists; None for the other rows and where there is no interval.
         optimism: How much better the score on the search items is than the one on the held-out items,
             positive where the search flatters whatever the direction.
+        seeds: Trainings whose mean the score is; 0 where nothing was trained.
+        spread: How far one training's score moves from seed to seed, over all rows; None if unknown.
     """
 
     label: str
@@ -63,6 +65,8 @@ class Row:
     error: str | None = None
     p_value: float | None = None
     optimism: float | None = None
+    seeds: int = 0
+    spread: Spread | None = None
 
 
 @final

@@ -114,16 +114,21 @@ def _with(genome: Genome, budget: int) -> Genome:
     return genome.model_copy(update={"search": search})
 
 
-def _outcomes(store: Store) -> dict[tuple[Split, int, int | None], Outcome]:
+def _outcomes(store: Store) -> dict[tuple[Split, int, int | None, int], Outcome]:
     """What the run's workers had answered."""
-    found: dict[tuple[Split, int, int | None], Outcome] = {
-        ("search", trial.number, None): Outcome(trial.number, trial.score, trial.metrics, error=trial.error)
+    found: dict[tuple[Split, int, int | None, int], Outcome] = {
+        ("search", trial.number, None, 0): Outcome(
+            trial.number, trial.score, trial.metrics, error=trial.error
+        )
         for trial in store.trials()
         if trial.state is not State.PENDING
     }
-    found |= {("search", number, rung): outcome for (number, rung), outcome in store.rungs().items()}
+    found |= {("search", number, rung, 0): outcome for (number, rung), outcome in store.rungs().items()}
+    found |= {
+        (split, number, None, rerun): outcome for (number, rerun, split), outcome in store.reruns().items()
+    }
     for row in store.holdout():
-        found["holdout", row.number, None] = Outcome(row.number, row.score, row.metrics, error=row.error)
+        found["holdout", row.number, None, 0] = Outcome(row.number, row.score, row.metrics, error=row.error)
     return found
 
 

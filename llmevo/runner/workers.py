@@ -10,10 +10,11 @@ from typing import Any, final
 from llmevo.executors import Executor
 from llmevo.executors.local import LocalExecutor
 from llmevo.genome import Genome
-from llmevo.pipeline import Job, Outcome
+from llmevo.pipeline import Job, Outcome, Split
 from llmevo.runner import opening
 from llmevo.runner.signals import Stop
 from llmevo.store import Store
+from llmevo.trial import Trial
 
 LIMIT = "the limit of this sitting is reached"
 _POLL = 0.2  # seconds between looks at whether a second signal came
@@ -31,6 +32,18 @@ class Halt(Exception):
         super().__init__(reason)
         self.exit_code = exit_code
         self.reason = reason
+
+
+def job_of(
+    genome: Genome, trial: Trial, split: Split = "search", rung: int | None = None, rerun: int = 0
+) -> Job:
+    """The job that evaluates a trial: on the held-out items with mergekit's own arithmetic, as the export.
+
+    All trials of a run share one seed: equal recipes give equal weights, DARE and DELLA masks are common
+    random numbers across the search, and `mergekit-yaml --random-seed` finds the evaluated model again.
+    """
+    seed, recipe = genome.search.seed, trial.attrs.get("recipe")
+    return Job(trial.number, trial.params, seed, split, recipe, rung, split == "holdout", rerun)
 
 
 @final

@@ -2,7 +2,7 @@
 
 ::
 
-    run.db            meta, trials, rungs, holdout, events
+    run.db            meta, trials, rungs, reruns, holdout, events
     lock              held with flock by the one process that drives the run; says its pid
     genome.yaml       the user's file, verbatim
     best/recipe.yaml  and whatever else is written with `write_atomic`
@@ -30,7 +30,7 @@ from pydantic import ValidationError
 
 from llmevo.errors import StoreError
 from llmevo.genome import Genome
-from llmevo.pipeline import Outcome
+from llmevo.pipeline import Outcome, Split
 from llmevo.rundir import lock as lock_directory
 from llmevo.rundir import redact, write_atomic
 from llmevo.store import migrations
@@ -315,11 +315,23 @@ class Store:
         if self._version() < 2:  # a run of before there were rungs, opened to look
             return {}
         rows = self._rows("SELECT number, rung, body, crc FROM rungs WHERE number >= ?", since)
-        return {
-            (number, rung): Outcome(number, score and Score.from_json(score), **body)
-            for number, rung, body in rows
-            for score in [body.pop("score")]
-        }
+        return {(number, rung): _outcome(number, body) for number, rung, body in rows}
+
+    def save_rerun(self, rerun: int, seed: int, split: Split, outcome: Outcome) -> None:
+        """Record what a trial scored when it was trained again with another seed."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO reruns (number, rerun, split, seed, body, crc)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (outcome.number, rerun, split, seed, *pack(_outcome_json(outcome))),
+            )
+
+    def reruns(self) -> dict[tuple[int, int, Split], Outcome]:
+        """What trials scored when they were trained again, by (number, re-run from 1, split)."""
+        if self._version() < 3:  # a run of before there were re-runs, opened to look
+            return {}
+        rows = self._rows("SELECT number, rerun, split, body, crc FROM reruns")
+        return {(number, rerun, split): _outcome(number, body) for number, rerun, split, body in rows}
 
     def save_holdout(self, label: str, number: int, outcome: Outcome) -> None:
         """Record what trial `number` scored on the held-out items.
@@ -372,6 +384,11 @@ class Store:
     def events(self) -> list[dict[str, Any]]:
         """Everything that was logged, oldest first: `kind`, `at` and the event's own keys."""
         return [body for (body,) in self._rows("SELECT body, crc FROM events ORDER BY id")]
+
+
+def _outcome(number: int, body: dict[str, Any]) -> Outcome:
+    score = body.pop("score")
+    return Outcome(number, score and Score.from_json(score), **body)
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:

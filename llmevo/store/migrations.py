@@ -28,8 +28,16 @@ def _m002_rungs(db: sqlite3.Connection) -> None:
     )
 
 
+def _m003_reruns(db: sqlite3.Connection) -> None:
+    db.execute(
+        "CREATE TABLE reruns (number INTEGER NOT NULL, rerun INTEGER NOT NULL, split TEXT NOT NULL,"
+        " seed INTEGER NOT NULL, body TEXT NOT NULL, crc INTEGER NOT NULL,"
+        " value REAL AS (body ->> '$.score.value'), PRIMARY KEY (number, rerun, split))"
+    )
+
+
 # Each takes the schema one version up; SQLite's user_version counts those that have run.
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_m001_initial, _m002_rungs]
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_m001_initial, _m002_rungs, _m003_reruns]
 
 
 def migrate(db: sqlite3.Connection) -> None:

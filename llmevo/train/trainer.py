@@ -115,6 +115,7 @@ class Trainer:
         folder: Path | None = None,
         rung: int | None = None,
         tick: Callable[[int], None] | None = None,
+        seed: int | None = None,
     ) -> Iterator[Trained]:
         """Train a candidate; it is on the model inside the `with` block, and gone after it.
 
@@ -126,11 +127,13 @@ class Trainer:
                 to keep nothing. A training that stops leaves its state beside it, and goes on from there.
             rung: Stop at `shares[rung]` of the tokens; None for the whole training.
             tick: Called after each step with its number.
+            seed: Of the adapter's first weights, the order of the examples and dropout; None for the run's.
 
         Raises:
             StageError: The training diverged, or the settings do not fit the model.
         """
-        name, key = f"cand{number:04d}", self._key(settings, base)
+        seed = self._seed if seed is None else seed
+        name, key = f"cand{number:04d}", self._key(settings, base, seed)
         known = None if folder is None or rung is not None else _record(folder, key)
         if folder is not None and known is not None:
             self.reached = int(known.metrics["tokens"])
@@ -138,14 +141,14 @@ class Trainer:
                 yield known
             return
         examples = self._data.parts["train"]
-        steps = plan(examples, settings, self._seed)
+        steps = plan(examples, settings, seed)
         end = len(steps) if rung is None else within(steps, self.shares[rung])
         try:
-            config = methods.config(settings, self._targets, self._seed, len(steps))
+            config = methods.config(settings, self._targets, seed, len(steps))
         except GenomeError as error:
             raise StageError("train", str(error)) from None
-        with adapters.adapted(self._model, settings, config, name, self._seed) as adapter:
-            training = Training(self._forward, adapter, examples, settings, self._seed, steps)
+        with adapters.adapted(self._model, settings, config, name, seed) as adapter:
+            training = Training(self._forward, adapter, examples, settings, seed, steps)
             state = None if folder is None else folder.with_name(f"{folder.name}.{key[:16]}.safetensors")
             try:
                 training.run(self._model, state, tick, until=end)
@@ -168,8 +171,8 @@ class Trainer:
                 _keep(adapter, folder, {"key": key, "settings": asdict(settings), **asdict(trained)})
             yield trained
 
-    def _key(self, settings: TrainSettings, base: str) -> str:
-        content = json.dumps([base, asdict(settings), self._seed, self._facts["fingerprint"]])
+    def _key(self, settings: TrainSettings, base: str, seed: int) -> str:
+        content = json.dumps([base, asdict(settings), seed, self._facts["fingerprint"]])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def losses(self, part: Part) -> list[float]:

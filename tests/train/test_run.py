@@ -70,7 +70,7 @@ def data(tiny_folder: Path, facts_file: Path) -> dict[str, Any]:
         "tasks": ["validation_loss"],
         "train": {"data": str(facts_file), **TRAIN},
         "search": {"trials": 5, "population": 3, "proposer": "random"},
-        "evaluate": {"device": "cpu", "dtype": "float32", "finalists": 1},
+        "evaluate": {"device": "cpu", "dtype": "float32", "finalists": 1, "reruns": 0},
         "run": {"cache": False},
     }
 
