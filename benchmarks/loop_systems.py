@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -74,23 +75,54 @@ def _run(setting: Setting, command: Sequence[str]) -> None:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
 
 
-def llmevo(setting: Setting, candidates: Sequence[int], mode: str = "fast") -> tuple[float, list[Row]]:
-    """`llmevo run` with the candidates as warm starts, which are evaluated first and in order."""
+def llmevo(
+    setting: Setting, candidates: Sequence[int], *, mode: str = "fast", dtype: str | None = None
+) -> tuple[float, list[Row]]:
+    """`llmevo run` with the candidates as warm starts, which are evaluated first and in order.
+
+    Args:
+        setting: What is evaluated.
+        candidates: Their numbers.
+        mode: Of the merge.
+        dtype: Of the evaluated model; None for that of the setting.
+    """
+    search = {"trials": len(candidates) + 1, "proposer": "random", "halving": {"enabled": False}}
+    lines, began = _llmevo_run(setting, (WARM, *candidates), search, mode, dtype or setting.dtype)
+    return _rows_of_llmevo(lines, candidates, began)
+
+
+def llmevo_search(setting: Setting, candidates: Sequence[int]) -> tuple[float, list[Row]]:
+    """`llmevo run` as it comes: one batch of as many candidates, drawn from the genome's space and halved.
+
+    Who drops out after a part of the items costs less, so a candidate's seconds are the batch's mean.
+    """
+    count = len(candidates)
+    search = {"trials": count + 1, "population": count, "proposer": "random"}
+    lines, began = _llmevo_run(setting, (WARM,), search, "fast", "auto")
+    finished = _finished(lines)
+    (first, _), (last, _) = finished[0], finished[-1]
+    costs = [trial["cost"] for _, trial in finished[1:]]
+    if len(costs) != count:
+        raise RuntimeError(f"{count} candidates were to be evaluated, and {len(costs)} were")
+    row = {part: statistics.fmean(cost[part] for cost in costs) for part in ("merge", "evaluate", "store")}
+    row |= {"wall": (last - first) / count, "items": sum(cost["items"]["scored"] for cost in costs) / count}
+    return first - began, [{**row, "candidate": number} for number in candidates]
+
+
+def _llmevo_run(
+    setting: Setting, warm: Sequence[int], search: dict[str, Any], mode: str, dtype: str
+) -> tuple[list[tuple[float, str]], float]:
+    """The lines of a run's JSON display, each with the moment at which it was read; and when it began."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         genome = yaml.safe_load(setting.paths["genome"].read_text())
-        genome["warm_start"] = [str(setting.paths["recipes"] / f"{n}.yaml") for n in (WARM, *candidates)]
-        genome["search"] = {
-            "trials": len(candidates) + 1,
-            "proposer": "random",
-            "references": False,
-            "halving": {"enabled": False},
-        }
+        genome["warm_start"] = [str(setting.paths["recipes"] / f"{number}.yaml") for number in warm]
+        genome["search"] = {"references": False, **search}
         genome["merge"] = {"mode": mode}
         genome["evaluate"] = {
             "task_path": [str(setting.paths["tasks"])],
             "holdout": 0.0,
-            "dtype": setting.dtype,
+            "dtype": dtype,
             "device": "cpu",
         }
         (folder / "genome.yaml").write_text(yaml.safe_dump(genome, sort_keys=False))
@@ -110,21 +142,27 @@ def llmevo(setting: Setting, candidates: Sequence[int], mode: str = "fast") -> t
         lines = [(time.perf_counter(), line) for line in process.stderr]
         if process.wait():
             raise RuntimeError("llmevo run failed:\n" + "".join(line for _, line in lines)[-3000:])
-    return _rows_of_llmevo(lines, candidates, began)
+    return lines, began
 
 
-def _rows_of_llmevo(
-    lines: Sequence[tuple[float, str]], candidates: Sequence[int], began: float
-) -> tuple[float, list[Row]]:
-    """Rows from the JSON lines of a run, each with the moment at which it was read."""
-    finished = []
+def _finished(lines: Sequence[tuple[float, str]]) -> list[tuple[float, dict[str, Any]]]:
+    """The finished trials, each with the moment at which that was read."""
+    found = []
     for moment, line in lines:
         try:
             event = json.loads(line)
         except json.JSONDecodeError:
             continue  # a warning of a library
         if event.get("event") == "finished":
-            finished.append((moment, event["trial"]))
+            found.append((moment, event["trial"]))
+    return found
+
+
+def _rows_of_llmevo(
+    lines: Sequence[tuple[float, str]], candidates: Sequence[int], began: float
+) -> tuple[float, list[Row]]:
+    """A row for each candidate after the warm one."""
+    finished = _finished(lines)
     rows = []
     for (before, _), (moment, trial), number in zip(finished, finished[1:], candidates, strict=False):
         if trial["score"] is None:
@@ -205,12 +243,16 @@ def lm_eval(setting: Setting, model: Path, scripts: Path) -> dict[str, float]:
 
 SYSTEMS: dict[str, Callable[[Setting, Sequence[int]], tuple[float, list[Row]]]] = {
     "llmevo": llmevo,
-    "llmevo, exact": lambda setting, candidates: llmevo(setting, candidates, "exact"),
+    "llmevo, own dtype": lambda setting, candidates: llmevo(setting, candidates, dtype="auto"),
+    "llmevo, as it comes": llmevo_search,
+    "llmevo, exact": lambda setting, candidates: llmevo(setting, candidates, mode="exact"),
     "mergekit-evolve": lambda setting, candidates: evolve(setting, candidates, threads=2),
     "mergekit-evolve, 1 thread": lambda setting, candidates: evolve(setting, candidates, threads=1),
     "mergekit-evolve, batches of 16": lambda setting, candidates: evolve(setting, candidates, batch_size=16),
     "command line": command_line,
 }
-"""`mergekit-evolve, 1 thread` is what Ray gives its actor; the others are more than what is published."""
+"""`mergekit-evolve, 1 thread` is what Ray gives its actor; the others are more than what is published.
+
+`llmevo, own dtype` lets `evaluate.dtype` be `auto`: the faster of bfloat16 and float32 on this CPU."""
 
 __all__ = ["BASE", "SYSTEMS", "Row", "Setting"]
