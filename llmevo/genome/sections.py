@@ -59,7 +59,7 @@ class HalvingSpec(Spec):
     """
 
     enabled: bool | None = None
-    first: Annotated[int, Field(ge=1)] = 60
+    first: Annotated[int, Field(ge=1)] = 70
     eta: Annotated[int, Field(ge=2)] = 2
     rank_by: Literal["score", "gold_logprob", "gold_margin"] = "score"
     tokens: TokenRungsSpec = TokenRungsSpec()
