@@ -311,7 +311,6 @@ def test_the_verdict_follows_the_corrected_p_value(findings: Findings) -> None:
     """Not the interval alone: with three finalists, one test in seven would call noise a gain."""
     said = findings.verdict()
     assert "Of 3 finalists, with Holm's correction, evolved (p = " in said
-    assert "the best of many noisy scores flatters itself" in said
 
     def with_p(value: float) -> Findings:
         rows = [
@@ -323,6 +322,35 @@ def test_the_verdict_follows_the_corrected_p_value(findings: Findings) -> None:
     assert unsure.headline() == "No gain over the best parent that is larger than the noise"
     assert "None of the 3 finalists beats it" in unsure.verdict()
     assert with_p(0.01).headline() == findings.headline()
+
+
+@pytest.mark.parametrize(
+    ("optimism", "stderr", "words"),
+    [
+        (0.05, 0.01, ": the best of many noisy scores flatters itself."),
+        (0.05, 0.04, ": no more than the noise of two sets of items."),
+        (-0.05, 0.04, ": no more than the noise of two sets of items."),
+        (-0.05, 0.01, ": choosing it by them has not flattered it."),
+        (0.05, None, " than them. "),
+    ],
+)
+def test_a_search_flatters_itself_only_beyond_the_noise(
+    findings: Findings, optimism: float, stderr: float | None, words: str
+) -> None:
+    winner = findings.winner
+    assert winner is not None
+    assert winner.score is not None
+    assert winner.trial.score is not None
+    trial = replace(winner.trial, score=replace(winner.trial.score, stderr=stderr))
+    score = replace(winner.score, stderr=stderr)
+    rows = [
+        replace(row, trial=trial, score=score, optimism=optimism) if row == winner else row
+        for row in findings.summary.table
+    ]
+    said = replace(findings, summary=replace(findings.summary, table=tuple(rows))).verdict()
+    way = "better" if optimism > 0 else "worse"
+    assert f"The search had scored the winner 0.0500 {way} than the held-out items do" in said
+    assert words in said
 
 
 def test_answers_that_were_cut_off_are_a_note(findings: Findings) -> None:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from llmevo.cli import adapters, bench, model, replay
+from llmevo.cli import adapters, bench, model, replay, results
+from llmevo.cli.options import Json, Verbose
 from llmevo.cli.output import say as _print
 from llmevo.cli.output import say_json as _print_json
 from llmevo.errors import GenomeError, LlmevoError, SpaceError, TrialError
 
 if TYPE_CHECKING:
     from llmevo.genome import Genome
-    from llmevo.report.findings import Findings
-    from llmevo.trial import Trial
 
 app = typer.Typer(
     name="llmevo",
@@ -36,18 +35,10 @@ app = typer.Typer(
 
 app.add_typer(model.app, name="llm")
 app.add_typer(bench.app, name="bench")
-app.command()(replay.replay)
-app.command()(adapters.merge_adapters)
 
 GenomePath = Annotated[
     Path, typer.Argument(metavar="GENOME", help="The YAML file that says what to search.", show_default=False)
 ]
-RunPath = Annotated[
-    Path,
-    typer.Argument(metavar="RUN", help="A run directory.", exists=True, file_okay=False, show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")]
 Benchmarks = Annotated[
     bool,
     typer.Option(
@@ -219,145 +210,9 @@ def validate(
         print(f"note: {note}", file=sys.stderr)
 
 
-@app.command()
-def status(run_path: RunPath, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Say where a run stands; also while it goes on."""
-    from llmevo.cli import console
-    from llmevo.report.findings import load
-
-    findings = load(run_path)
-    if as_json:
-        _print_json(findings.to_json())
-    else:
-        _print(console.status(findings))
-
-
-@app.command()
-def show(
-    run_path: RunPath,
-    number: Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="A trial's number.")],
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Show one trial: score, tasks, genes, recipe."""
-    from llmevo.cli import console
-    from llmevo.report.findings import load
-
-    findings = load(run_path)
-    trial = _trial(findings, number)
-    recipe = _recipe(findings, trial)
-    if as_json:
-        _print_json({**trial.to_json(), "recipe": recipe})
-    else:
-        _print(console.show(findings, trial, _yaml(recipe)))
-
-
-@app.command()
-def best(
-    run_path: RunPath,
-    axolotl: Annotated[
-        bool, typer.Option("--axolotl", help="A training's settings as YAML for axolotl.")
-    ] = False,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Print the best trial's recipe, a mergekit configuration, or its settings for peft and TRL."""
-    from llmevo.cli import trained
-    from llmevo.cli.console import scored
-    from llmevo.report.findings import load, trial_json
-
-    findings = load(run_path)
-    trial = _trial(findings, None)
-    recipe = _recipe(findings, trial)
-    snippets = trained.snippets_of(findings, trial)
-    if as_json:
-        verdict = {"headline": findings.headline(), "verdict": findings.verdict()}
-        copied: dict[str, Any] = {"python": None, "axolotl": None, **(snippets or {})}
-        _print_json({"trial": trial_json(trial), "recipe": recipe, **copied, **verdict})
-        return
-    print(f"# trial {trial.number} by {trial.origin}: {scored(findings, trial)}", file=sys.stderr)
-    shown = _yaml(recipe) if snippets is None else snippets["axolotl" if axolotl else "python"]
-    _print(shown.rstrip())
-
-
-@app.command()
-def export(
-    run_path: RunPath,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty folder.")],
-    number: Annotated[
-        int | None, typer.Option("--trial", metavar="N", min=0, help="Which trial; the best if not given.")
-    ] = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Write a trial's weights, tokenizer and a model card with the evidence."""
-    from llmevo.cli import card, trained
-    from llmevo.merge import export as write
-    from llmevo.report.findings import load
-
-    findings = load(run_path)
-    trial = _trial(findings, number)
-    recipe = _recipe(findings, trial)
-    adapter = trained.adapter_of(findings, trial)
-    text = card.render(findings, trial, _yaml(recipe), out.resolve().name)
-    write(recipe, out, card=text, seed=findings.genome.search.seed, device=findings.device)
-    if adapter is not None:
-        from llmevo.train.fuse import fuse
-
-        fuse(out, adapter)
-    if as_json:
-        _print_json({"out": str(out), "trial": trial.number, "files": sorted(p.name for p in out.iterdir())})
-    else:
-        _print(str(out))
-
-
-@app.command()
-def report(
-    run_path: RunPath,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="RUN/report.html if not given.")
-    ] = None,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Write one HTML file about a run, with its figures inside."""
-    from llmevo import report as reports
-    from llmevo.report.findings import load
-
-    findings = load(run_path)
-    path = reports.write(findings, out or run_path / "report.html")
-    if as_json:
-        _print_json({"report": str(path), **findings.to_json()})
-    else:
-        _print(str(path))
-
-
-def _trial(findings: Findings, number: int | None) -> Trial:
-    """Trial `number`, or the best."""
-    trials = findings.trials
-    if number is None:
-        if findings.summary.best is None:
-            raise LlmevoError(f"`{findings.summary.run_dir}` has no complete trial yet.")
-        return findings.summary.best
-    if number >= len(trials):
-        raise TrialError(f"`TRIAL` must be one of the run's 0 to {len(trials) - 1}, but got {number}.")
-    return trials[number]
-
-
-def _recipe(findings: Findings, trial: Trial) -> dict[str, Any]:
-    """The mergekit configuration of a trial."""
-    known: dict[str, Any] | None = trial.attrs.get("recipe")
-    if known is not None:
-        return known
-    from llmevo.recipe import Recipes, num_layers
-
-    return Recipes(findings.genome, num_layers(findings.genome)).recipe(trial.params)
-
-
-def _yaml(recipe: dict[str, Any]) -> str:
-    from llmevo.genome.yamltext import dump
-
-    return dump(recipe)
+for _read in (results.status, results.show, results.best, results.export, results.report, replay.replay):
+    app.command()(_read)
+app.command()(adapters.merge_adapters)
 
 
 def _version(value: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from llmevo.cli.options import Json, Verbose
 from llmevo.cli.output import say, say_json
 
 
@@ -25,8 +26,8 @@ def merge_adapters(
         int | None,
         typer.Option("--rank", min=1, help="Cut the sum to this rank; without it the sum is exact."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Sum LoRAs: the model with the sum is the merge of the models with each."""
     from llmevo.train.combine import combine

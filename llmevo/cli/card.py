@@ -56,7 +56,7 @@ Base model: {f"`{base}`" if base else "none"}
 
 {_evidence(findings, trial)}
 
-In the search it scored {scored(findings, trial)}, on items that were used to choose it, which flatters it.
+In the search it scored {scored(findings, trial)}, on the items by which it was chosen.
 Only the held-out items are evidence.
 
 ## Search
@@ -65,7 +65,11 @@ Only the held-out items are evidence.
 - Proposer: {search.proposer}{f" ({findings.language_model})" if findings.language_model else ""}
 - Budget: {search.trials} trials, of which {findings.counts()["failed"]} failed; seed {search.seed}
 - Versions: {versions}
+{_recipe(recipe) if merged else ""}"""
 
+
+def _recipe(recipe: str) -> str:
+    return f"""
 ## Recipe
 
 ```yaml
@@ -105,7 +109,7 @@ def _evidence(findings: Findings, trial: Trial) -> str:
         *(_line(row) for row in rows),
         "",
         "p: chance of a difference this large between equals, with Holm's correction over the finalists. "
-        "Optimism: how far the items of the search had flattered the model.",
+        "Optimism: by how much the items of the search score the model better than the held-out ones.",
     ]
     winner = findings.winner
     if winner is not None and winner.trial.number == trial.number:

@@ -164,7 +164,7 @@ def end_of_run(findings: Findings) -> str:
         facts += [
             ("next", f"llmevo report {run}"),
             ("", f"llmevo best {run}"),
-            ("", f"llmevo export {run} --out my-merge"),
+            ("", f"llmevo export {run} --out {'my-merge' if findings.genome.train is None else 'my-model'}"),
         ]
     said = [findings.verdict(), *(f"Note: {note}" for note in findings.notes())]
     sentences = [textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False) for text in said]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmevo.cli.options import Json, Verbose
 from llmevo.cli.output import say, say_json
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def check(
     api_key_env: Annotated[
         str | None, typer.Option("--api-key-env", metavar="NAME", help="The variable that holds the key.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Ask the language model a few small questions and say on one screen whether it can be used."""
     from llmevo.llm import check as checks

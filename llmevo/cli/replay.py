@@ -8,21 +8,17 @@ from typing import Annotated
 
 import typer
 
+from llmevo.cli.options import Json, RunPath, Verbose
 from llmevo.cli.output import say, say_json
 
 
 def replay(
-    run_path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN", help="A run directory.", exists=True, file_okay=False, show_default=False
-        ),
-    ],
+    run_path: RunPath,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Keep the second run there.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Play a run again from its records, without a network, and compare every trial."""
     from llmevo.cli.display import NoDisplay

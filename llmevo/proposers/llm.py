@@ -24,7 +24,7 @@ from llmevo.llm.encode import schema
 from llmevo.llm.prompt import Aim, Prompts
 from llmevo.llm.prompt import Context as Context
 from llmevo.proposers import Direction
-from llmevo.proposers.nearby import Known
+from llmevo.proposers.nearby import Known, Memory
 from llmevo.space import Params, Space
 from llmevo.strength import OneFifth, Strength
 from llmevo.trial import Proposal, Trial
@@ -123,6 +123,7 @@ class LLM:
         self._client = client
         self._compact = compact
         self._prompts = Prompts(prompts)
+        self._memory = Memory(space, direction)
 
     def propose(self, n: int, trials: Sequence[Trial], rng: np.random.Generator) -> list[Proposal]:
         """Suggest up to `n` points; fewer if a finite space has no more.
@@ -132,7 +133,7 @@ class LLM:
         """
         seed = int(rng.integers(2**31))
         ranked = rank(trials, self.direction)
-        known = Known(self.space, trials)
+        known, _ = self._memory.recall(trials)
         proposals = []
         if ranked.best is None and known.add(self.space.start()):
             proposals.append(Proposal(self.space.start(), "start"))

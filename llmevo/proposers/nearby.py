@@ -13,7 +13,7 @@ from llmevo.proposers import Direction
 from llmevo.proposers.ga import reflect
 from llmevo.proposers.settled import Settled
 from llmevo.space import Categorical, Params, Space
-from llmevo.trial import Trial, best
+from llmevo.trial import Trial, ranked
 
 _ATTEMPTS = 32  # at a point that is not known, each with wider noise
 _WIDEST = 0.5
@@ -86,37 +86,34 @@ class Known:
 
 @final
 class Memory:
-    """The known points and the best trial of a history that goes on: each trial is looked at once.
+    """The known points and the best trials of a history that goes on: each trial is looked at once.
 
     Args:
         space: What they are points of.
         direction: `maximize` or `minimize`.
+        best: How many of the best trials are wanted.
     """
 
-    def __init__(self, space: Space, direction: Direction) -> None:
-        self._space, self._direction = space, direction
+    def __init__(self, space: Space, direction: Direction, best: int = 1) -> None:
+        self._space, self._direction, self._count = space, direction, best
         self._settled = Settled()
         self._keys: set[str] = set()
         self._levels: set[str] = set()
-        self._best: Trial | None = None
+        self._best: list[Trial] = []
 
-    def recall(self, trials: Sequence[Trial]) -> tuple[Known, Trial | None]:
-        """The points of `trials`, to which a batch may be added, and the best of them.
+    def recall(self, trials: Sequence[Trial]) -> tuple[Known, list[Trial]]:
+        """The points of `trials`, to which a batch may be added, and the best of them, best first.
 
         The answer is valid until the next call.
         """
         goes_on, new, rest = self._settled.split(trials)
         if not goes_on:
-            self._keys, self._levels, self._best = set(), set(), None
+            self._keys, self._levels, self._best = set(), set(), []
         self._keys.update(self._space.key(trial.params) for trial in new)
         self._levels.update(level_key(self._space, trial.params) for trial in new)
-        self._best = best(_present(self._best, new), self._direction)
+        self._best = ranked([*self._best, *new], self._direction)[: self._count]
         known = Known(self._space, rest, (self._keys, self._levels))
-        return known, best(_present(self._best, rest), self._direction)
-
-
-def _present(first: Trial | None, others: Sequence[Trial]) -> list[Trial]:
-    return [*others] if first is None else [first, *others]
+        return known, ranked([*self._best, *rest], self._direction)[: self._count]
 
 
 def noisy(space: Space, point: Params, sigma: float, rng: np.random.Generator) -> Params:

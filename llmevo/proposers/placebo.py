@@ -37,13 +37,13 @@ class Placebo:
     def propose(self, n: int, trials: Sequence[Trial], rng: np.random.Generator) -> list[Proposal]:
         """Suggest up to `n` new points; fewer if a finite space has no more."""
         known, best = self._memory.recall(trials)
-        centre = self.space.start() if best is None else best.params
+        centre = best[0].params if best else self.space.start()
         sigma = self._strength(trials, self.direction)
         made: list[Proposal] = []
         for _ in range(n):
             if known.complete:
                 break
-            if best is None and known.add(centre):
+            if not best and known.add(centre):
                 made.append(Proposal(centre, "placebo"))
                 continue
             point = known.near(centre, sigma, rng)

@@ -13,9 +13,8 @@ from typing import final
 import numpy as np
 
 from llmevo.errors import ProposerError
-from llmevo.llm.digest import rank
 from llmevo.proposers import Direction
-from llmevo.proposers.nearby import Known
+from llmevo.proposers.nearby import Memory
 from llmevo.space import Categorical, Params, Space
 from llmevo.strength import OneFifth, Strength
 from llmevo.trial import Proposal, Trial
@@ -50,13 +49,13 @@ class TopKMean:
         self.direction: Direction = direction
         self.k = k
         self._strength = strength or OneFifth()
+        self._memory = Memory(space, direction, k)
 
     def propose(self, n: int, trials: Sequence[Trial], rng: np.random.Generator) -> list[Proposal]:
         """Suggest up to `n` new points; fewer if a finite space has no more."""
-        complete = rank(trials, self.direction).complete
-        known = Known(self.space, trials)
+        known, best = self._memory.recall(trials)
         made: list[Proposal] = []
-        if len(complete) < self.k:
+        if len(best) < self.k:
             start = self.space.start()
             for place in range(len(trials), len(trials) + n):
                 if known.complete:
@@ -68,7 +67,7 @@ class TopKMean:
                 if point is not None:
                     made.append(Proposal(point, "topk_mean"))
             return made
-        mean = self.mean([trial.params for trial in complete[: self.k]])
+        mean = self.mean([trial.params for trial in best])
         sigma = self._strength(trials, self.direction)
         for place in range(n):
             if known.complete:

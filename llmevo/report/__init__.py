@@ -17,6 +17,7 @@ from string import Template
 from llmevo.report import figures, svg
 from llmevo.report.findings import Findings
 from llmevo.report.words import duration, interval, number, percent, signed
+from llmevo.runner.adapters import BEST
 from llmevo.runner.observer import Row
 from llmevo.trial import Score, State, Trial
 
@@ -176,7 +177,7 @@ def _held_out(findings: Findings) -> str:
         f"{findings.held_out_items()} items that the search never saw, answered by merges of mergekit's own "
         "arithmetic. Differences are paired: both models answer the same items, so what is hard for both "
         "cancels. p is the chance of a difference this large between equals, with Holm's correction over the "
-        "finalists. Optimism is how far the items of the search had flattered a model."
+        "finalists. Optimism is how much better the items of the search score a model than the held-out ones."
     )
     table = _table(head, [(_held_out_cells(row, score), row.label == winner) for row, score in rows])
     drawing = figures.intervals(scores, differences, against, winner)
@@ -206,7 +207,7 @@ def _tasks(findings: Findings) -> str:
         ("held-out", "On the held-out items."),
         (
             "search",
-            "Every parent, on the search items. The evolved model was chosen by these, which flatters it.",
+            "Every parent, on the search items, by which the evolved model was chosen.",
         ),
     ):
         means = findings.task_means(split)
@@ -292,13 +293,29 @@ def _recipe(findings: Findings) -> str:
     if best is None:
         return ""
     parts = []
-    if findings.recipe:
+    trained = findings.genome.train is not None and "recipe" not in best.attrs
+    if findings.recipe and not (trained and findings.genome.alone):
         text = "A mergekit configuration: mergekit-yaml makes the weights from it."
+        if trained:
+            text = "A mergekit configuration of what the adapter belongs on, as mergekit-yaml takes it."
         parts.append(_note(text) + f"<pre>{escape(findings.recipe.rstrip())}</pre>")
+    if trained:
+        parts += [_note("The adapter of the best, in peft:"), f"<pre>{escape(_peft(findings))}</pre>"]
     if best.params:
         genes = escape(json.dumps(best.params, indent=2, ensure_ascii=False))
         parts.append(f"<details><summary>Its genes</summary><pre>{genes}</pre></details>")
-    return _section(f"The recipe of the best, trial {best.number}", "\n".join(parts))
+    what = "settings" if trained else "recipe"
+    return _section(f"The {what} of the best, trial {best.number}", "\n".join(parts))
+
+
+def _peft(findings: Findings) -> str:
+    """How the best adapter is loaded."""
+    base = findings.genome.alone or "the merge, made by mergekit-yaml"
+    return f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, {str(findings.summary.run_dir / BEST)!r})"""
 
 
 def _cost(findings: Findings) -> str:

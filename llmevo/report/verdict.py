@@ -6,9 +6,10 @@ where there is no p-value, where its interval excludes zero.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from llmevo.report.words import number, percent, signed
+from llmevo.report.words import Z95, number, percent, signed
 from llmevo.runner.facts import TRUNCATED, truncated
 from llmevo.runner.observer import Row
 from llmevo.stats import Interval
@@ -142,14 +143,28 @@ def _finalists(findings: Findings) -> str:
 
 
 def _optimism(findings: Findings, row: Row) -> str:
-    """How far the items that chose the winner had flattered it."""
+    """How much better the items that chose the winner score it than the held-out ones, and what that says."""
     rival = findings.rival
     if row.optimism is None:
         return ""
     text = f"The search had scored the winner {_apart(row.optimism)} the held-out items do"
     if rival is not None and rival.optimism is not None:
         text += f", and the {findings.rival_name} {_apart(rival.optimism)} them"
-    return f"{text}: the best of many noisy scores flatters itself."
+    error = _optimism_error(row)
+    if error is None:
+        return f"{text}."
+    if abs(row.optimism) <= Z95 * error:
+        return f"{text}: no more than the noise of two sets of items."
+    flattered = "the best of many noisy scores flatters itself"
+    return f"{text}: {flattered if row.optimism > 0 else 'choosing it by them has not flattered it'}."
+
+
+def _optimism_error(row: Row) -> float | None:
+    """Standard error of the optimism: the two scores are of different items."""
+    searched = row.trial.score
+    if row.score is None or searched is None or row.score.stderr is None or searched.stderr is None:
+        return None
+    return math.hypot(row.score.stderr, searched.stderr)
 
 
 def _seeds(findings: Findings, row: Row) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmevo.llm.ledger import Totals
 from llmevo.trial import Score
 
-_Z95 = 1.959964
+Z95 = 1.959964
 
 
 def number(value: float) -> str:
@@ -23,7 +23,7 @@ def interval(score: Score) -> tuple[float, float] | None:
     """The 95 % interval of a score by its standard error, or None if that is unknown."""
     if score.stderr is None:
         return None
-    return score.value - _Z95 * score.stderr, score.value + _Z95 * score.stderr
+    return score.value - Z95 * score.stderr, score.value + Z95 * score.stderr
 
 
 def duration(seconds: float) -> str:

@@ -39,7 +39,7 @@ def _screen(kept: Screen | None, trials: Sequence[Trial]) -> tuple[Screen, Any]:
 
 
 def _memory(kept: Memory | None, trials: Sequence[Trial]) -> tuple[Memory, Any]:
-    kept = kept or Memory(SPACE, "minimize")
+    kept = kept or Memory(SPACE, "minimize", 3)
     known, found = kept.recall(trials)
     copied = [known.copied(point) for point in _POINTS]
     return kept, (copied, [known.add(point) for point in _POINTS], known.complete, found)

@@ -168,7 +168,9 @@ def test_export_gives_the_merged_model(
     merged = load_model(tmp_path / "model")
     torch.testing.assert_close(merged(PROBE).logits, adapted(PROBE).logits, atol=2e-5, rtol=0)
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("Paris").input_ids
-    assert (tmp_path / "model" / "README.md").is_file()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "A fine-tune with an adapter that is added to the weights" in card
+    assert "## Recipe" not in card
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     losers = {2, 3, 4} - {int(path.name[-4:]) for path in (run_dir / "adapters").iterdir()}
     where = ("export", str(run_dir), "--trial", str(min(losers)), "--out", str(tmp_path / "other"))
@@ -235,6 +237,10 @@ def test_the_other_commands_take_such_a_run(
         "preview": "baseline, default",
     }[verb]
     assert expected in shown
+    if verb == "report":  # the best is an adapter on one model, no merge
+        html = (tmp_path / "report.html").read_text()
+        assert "PeftModel.from_pretrained(model, &#x27;" in html
+        assert "mergekit-yaml" not in html
 
 
 @pytest.mark.slow
