@@ -75,7 +75,8 @@ OURS: dict[str, Make] = {
     "hybrid+smollm2": _smollm2,
 }
 ALONE = ("default", "default again", "default long")
-ARMS = (*ALONE, "random", "optuna-tpe", "cma", "ga", "hybrid+placebo", "hybrid+smollm2")
+SEARCHES = ("random", "optuna-tpe", "cma", "ga", "hybrid+placebo", "hybrid+smollm2")
+ARMS = (*ALONE, *SEARCHES)
 
 
 def begin(arm: str, space: Space, seed: int) -> tuple[Search, int]:
@@ -145,9 +146,9 @@ def _score(record: Record) -> Score:
 
 
 def sweep(arms: Sequence[str], seeds: Sequence[int], store: Store, candidates: Candidates) -> None:
-    """Make every run that is not stored yet, all arms of a seed before the next seed."""
-    for seed in seeds:
-        for arm in arms:
+    """Make every run that is not stored yet, an arm with all its seeds before the next arm."""
+    for arm in arms:
+        for seed in seeds:
             if f"{arm}/{seed}" not in store.records:
                 made = store.add(run(arm, seed, candidates))
                 losses = store.records.get(made["best"] or "", {})
