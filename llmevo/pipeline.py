@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +99,10 @@ class Pipeline(Protocol):
         """Merge, train and evaluate; a failure is an Outcome with `error`, never an exception."""
         ...
 
+    def ahead(self, jobs: Sequence[Job]) -> None:
+        """Do at once what jobs have in common; each of them is run after it, and gives what it would."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Facts about what was loaded, for the run's record: items by task and split, device, dtype."""
         ...
@@ -147,6 +151,7 @@ class MergePipeline:
                 cache=evaluate.open_cache() if genome.run.cache else None,
             )
         self._fitness = fitness.Fitness(genome, evaluator, self._trainer)
+        self._shared: dict[int, float] = {}
         self._kept = None if genome.run.dir is None else Path(genome.run.dir) / ADAPTERS
         self._facts: dict[str, Any] = {
             "device": str(device),
@@ -196,6 +201,7 @@ class MergePipeline:
                     stage = "train"
                     with _timed(seconds, stage):
                         trained = on_the_model.enter_context(self._candidate(job, merged))
+                    seconds[stage] += self._shared.pop(job.number, 0.0)
                     training = {stage: trained.metrics}
                     if trained.bytes:  # it came to its end
                         sizes[stage] = trained.bytes
@@ -213,6 +219,35 @@ class MergePipeline:
             return Outcome(job.number, score, found, seconds, sizes, items=items, tokens=tokens)
         free_memory()
         return outcome
+
+    def ahead(self, jobs: Sequence[Job]) -> None:
+        """Train together what the jobs would train one after the other on equal weights; see `Trainer.ahead`.
+
+        Whatever goes wrong is left for the jobs to meet again. The time is theirs in equal parts.
+        """
+        groups: dict[str, list[Job]] = {}
+        try:
+            for job in jobs:
+                if self._kept is not None and self._trainer is not None and not (job.recipe or job.rerun):
+                    base = self._merger.identity(self._recipes.recipe(job.params), job.seed)
+                    groups.setdefault(base, []).append(job)
+            for base, members in groups.items():
+                self._train_ahead(base, members)
+        except Exception:  # each job says for itself what is wrong
+            free_memory()
+
+    def _train_ahead(self, base: str, jobs: Sequence[Job]) -> None:
+        if self._trainer is None or self._kept is None or len(jobs) < 2:
+            return
+        started = time.monotonic()
+        self._merger.merge(self._recipes.recipe(jobs[0].params), jobs[0].seed)
+        chosen = [
+            (self._trainer.settings(job.params), job.number, self._kept / adapter_folder(job.number, job.rerun), job.rung)
+            for job in jobs
+        ]
+        self._trainer.ahead(chosen, base)
+        share = (time.monotonic() - started) / len(jobs)
+        self._shared.update({job.number: share for job in jobs})
 
     @property
     def _tokens(self) -> int:

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,7 +56,7 @@ class LocalExecutor:
         if workers < 1:
             raise GenomeError(f"`workers >= 1` must hold, but got {workers}.")
         self._workers = workers
-        self._queue: SimpleQueue[tuple[Job, Future[Outcome]] | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[tuple[Job, Future[Outcome]]] | None] = SimpleQueue()
         self._facts: Future[dict[str, Any]] = Future()
         self._cancelled = threading.Event()
         threads = max(1, _cores() // workers)
@@ -85,9 +85,13 @@ class LocalExecutor:
 
     def submit(self, job: Job) -> Future[Outcome]:
         """Queue a job; a job that kills its worker gives an Outcome with `error`."""
-        future: Future[Outcome] = Future()
-        self._queue.put((job, future))
-        return future
+        return self.submit_together([job])[0]
+
+    def submit_together(self, jobs: Sequence[Job]) -> list[Future[Outcome]]:
+        """Queue jobs for one worker. If it dies of what they have in common, each is run alone."""
+        futures: list[Future[Outcome]] = [Future() for _ in jobs]
+        self._queue.put(list(zip(jobs, futures, strict=True)))
+        return futures
 
     def shutdown(self, cancel: bool = False) -> None:
         """End the workers, after the queued jobs or, with `cancel`, at once."""
@@ -107,22 +111,24 @@ class LocalExecutor:
     def _serve(self, seat: _Seat) -> None:
         """One worker's thread: start it, then hand it job after job."""
         broken = self._start(seat)
-        while (item := self._queue.get()) is not None:
-            job, future = item
-            if self._cancelled.is_set() or not future.set_running_or_notify_cancel():
-                future.cancel()
-                continue
-            if broken is None and not seat.alive:
-                broken = self._start(seat)
-            if broken is not None:
-                future.set_exception(broken)
-                continue
-            outcome = seat.run(job)
-            if self._cancelled.is_set():
-                # The worker was killed by us: this says nothing about the trial.
-                future.set_exception(CancelledError())
-            else:
-                future.set_result(outcome)
+        while (items := self._queue.get()) is not None:
+            if len(items) > 1 and broken is None and seat.alive and not self._cancelled.is_set():
+                seat.ahead([job for job, _ in items])
+            for job, future in items:
+                if self._cancelled.is_set() or not future.set_running_or_notify_cancel():
+                    future.cancel()
+                    continue
+                if broken is None and not seat.alive:
+                    broken = self._start(seat)
+                if broken is not None:
+                    future.set_exception(broken)
+                    continue
+                outcome = seat.run(job)
+                if self._cancelled.is_set():
+                    # The worker was killed by us: this says nothing about the trial.
+                    future.set_exception(CancelledError())
+                else:
+                    future.set_result(outcome)
         seat.close()
 
     def _start(self, seat: _Seat) -> BaseException | None:
@@ -198,6 +204,18 @@ class _Seat:
             return Outcome(job.number, error=f"the worker died ({self._obituary()})")
         return outcome
 
+    def ahead(self, jobs: Sequence[Job]) -> None:
+        """Have the worker do what the jobs have in common; one that dies or hangs is only ended."""
+        assert self._connection is not None
+        try:
+            self._connection.send(list(jobs))
+            if self._connection.poll(None if self._timeout is None else len(jobs) * self._timeout):
+                self._connection.recv()
+                return
+        except (EOFError, OSError):
+            pass
+        self.kill()
+
     def _obituary(self) -> str:
         assert self._process is not None
         self._process.join(_GRACE)
@@ -262,7 +280,8 @@ def _work(
     connection.send(("ready", facts))
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(pipeline.run(connection.recv()))
+            asked = connection.recv()
+            connection.send(pipeline.ahead(asked) if isinstance(asked, list) else pipeline.run(asked))
 
 
 def _die_with_parent() -> None:

@@ -213,6 +213,7 @@ FREE = (
     "run",
     "evaluate.finalists",
     "evaluate.reruns",
+    "train.together",
     "llm.base_url",
     "llm.api_key_env",
     "llm.timeout",

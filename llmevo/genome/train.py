@@ -242,6 +242,8 @@ class TrainSpec(Spec):
         delta_lambda: deltalora only: how much of the adapter's change the base weights take.
         delta_start: deltalora only: share of the steps before they take any.
         checkpointing: Recompute activations in the backward pass: less memory, about half more time.
+        together: How many candidates of a batch are trained at once, in a stack; `auto` for what is measured
+            at the start to be fastest. It changes results by rounding only.
     """
 
     data: Annotated[DataSpec, BeforeValidator(_data)]
@@ -267,6 +269,7 @@ class TrainSpec(Spec):
     delta_lambda: _Setting = DEFAULTS.delta_lambda
     delta_start: _Setting = DEFAULTS.delta_start
     checkpointing: _Setting = DEFAULTS.checkpointing
+    together: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "auto"
 
     @model_validator(mode="after")
     def _rules(self) -> TrainSpec:

@@ -102,6 +102,8 @@ class Workers:
     def drive(self, jobs: Iterable[Job], arrived: Callable[[Outcome], None]) -> None:
         """Run jobs, one a worker at a time, so that a signal leaves the rest unbegun.
 
+        Where trainings together pay (`train.together`), a worker has so many jobs of the search at a time.
+
         Args:
             jobs: What to run, in this order.
             arrived: Is given each outcome, in the order in which they come.
@@ -110,15 +112,17 @@ class Workers:
             Halt: A signal or the limit came before the last job.
             GenomeError: As `facts`; StoreError and Interrupted too.
         """
-        self.facts()
-        executor = self.start()
+        facts, executor = self.facts(), self.start()
+        local = executor if isinstance(executor, LocalExecutor) else None
+        most = 1 if local is None else facts.get("train", {}).get("together", 1)
         waiting, flying = deque(jobs), dict[Future[Outcome], int]()
+        seats: dict[Future[Outcome], int] = {}
         while waiting or flying:
-            while waiting and len(flying) < executor.workers and self._may(waiting[0]):
-                job = waiting.popleft()
-                flying[executor.submit(job)] = job.number
-                if job.split == "search":
-                    self._touched.add(job.number)
+            while waiting and len({seats[f] for f in flying}) < executor.workers and self._may(waiting[0]):
+                group = self._next(waiting, most)
+                futures = [executor.submit(group[0])] if local is None else local.submit_together(group)
+                for future, job in zip(futures, group, strict=True):
+                    flying[future], seats[future] = job.number, group[0].number
             if not flying:
                 break
             done, _ = wait(flying, timeout=_POLL, return_when=FIRST_COMPLETED)
@@ -133,6 +137,19 @@ class Workers:
             if self._stop.signal is not None:
                 raise Halt(self._stop.exit_code, self._stop.reason)
             raise Halt(3, LIMIT)
+
+    def _next(self, waiting: deque[Job], most: int) -> list[Job]:
+        """Take the next jobs of one worker: one, or of trials of the search as many as train together."""
+        group: list[Job] = []
+        alike = True
+        while waiting and alike and len(group) < max(most, 1) and self._may(waiting[0]):
+            job = waiting.popleft()
+            group.append(job)
+            if job.split == "search":
+                self._touched.add(job.number)
+            alike = job.split == "search" and job.recipe is None
+            alike = alike and bool(waiting) and (waiting[0].rung, waiting[0].recipe) == (job.rung, None)
+        return group
 
     def _may(self, job: Job) -> bool:
         begun = job.split == "search" and job.number in self._touched

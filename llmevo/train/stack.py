@@ -81,7 +81,7 @@ def write(state: State, model: Any, name: str, optimizer: torch.optim.Optimizer 
             weight.data.copy_(factor.weight)
             if optimizer is not None and weight in trained and state.losses:
                 optimizer.state[weight] = {
-                    "step": torch.tensor(float(len(state.losses))),
+                    "step": torch.tensor(float(len(state.losses)), device=weight.device),
                     "exp_avg": factor.mean.clone(),
                     "exp_avg_sq": factor.square.clone(),
                 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, final
@@ -76,16 +77,14 @@ class Together:
         for name in ("_candidates", "_states", "losses", "errors"):
             setattr(self, name, [getattr(self, name)[index] for index in indices])
 
-    def run(
-        self, until: Sequence[int] | None = None, tick: Callable[[Sequence[int]], None] | None = None
-    ) -> None:
-        """Train.
+    def run(self, until: Sequence[int] | None = None, seconds: float = math.inf) -> bool:
+        """Train; return whether all are where they should be.
 
         A candidate that is at its end or stopped leaves the stack, and the others go on.
 
         Args:
             until: For each candidate, the number of steps after which it pauses; None for all of its plan.
-            tick: Called after each step with the indices of the candidates that made it.
+            seconds: After which the training pauses, too, so that the states can be saved.
         """
         ends = [len(c.steps) for c in self._candidates] if until is None else list(until)
         remade = any(candidate.settings.checkpointing for candidate in self._candidates)
@@ -94,8 +93,10 @@ class Together:
                 checkpointing(self._model, True)
                 after.callback(checkpointing, self._model, False)
             after.callback(self._model.eval)
-            while active := self._unfinished(ends):
-                self._run(active, ends, tick)
+            end = time.monotonic() + seconds
+            while (active := self._unfinished(ends)) and time.monotonic() < end:
+                self._run(active, ends, end)
+        return not active
 
     def _unfinished(self, ends: Sequence[int]) -> list[int]:
         return [
@@ -104,10 +105,8 @@ class Together:
             if self.errors[index] is None and len(self.losses[index]) < end
         ]
 
-    def _run(
-        self, active: list[int], ends: Sequence[int], tick: Callable[[Sequence[int]], None] | None
-    ) -> None:
-        """Train these until one of them leaves."""
+    def _run(self, active: list[int], ends: Sequence[int], end: float) -> None:
+        """Train these until one of them leaves, or the clock says so."""
         chosen = [self._candidates[index].settings for index in active]
         stack = Stack(
             [self._states[index] for index in active],
@@ -116,10 +115,8 @@ class Together:
         )
         with stack.on(self._model):
             self._model.train()
-            while self._unfinished(ends) == active:
+            while self._unfinished(ends) == active and time.monotonic() < end:
                 self._step(stack, active)
-                if tick is not None:
-                    tick(active)
         for row, index in enumerate(active):
             self._states[index] = stack.state(row, self.losses[index])
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,6 +85,13 @@ class Trainer:
         self.reached = 0
         self._forward = Forward(model, self._data.parts["train"])
         self._facts = self._data.describe()
+        self._together = self._how_many()
+
+    def _how_many(self) -> tuple[int, str]:
+        from llmevo.train.pays import how_many
+
+        part = self._data.parts["train"]
+        return how_many(self._spec, self._model, self._forward, self._targets, part, self._seed)
 
     def _check_batches(self) -> None:
         largest, count = max(values_of(self._spec.batch_size)), len(self._data.parts["train"])
@@ -104,7 +111,8 @@ class Trainer:
         if "qlora" in values_of(self._spec.adapter):
             sizes = [nf4.size(n * m) for n, m in adapters.linear_layers(self._model).values()]
             facts["nf4"] = {"bytes": sum(sizes), "paged": self._model.device.type == "cuda"}
-        return {**facts, "undivided": self._undivided}
+        together, why = self._together
+        return {**facts, "undivided": self._undivided, "together": together, "together_why": why}
 
     @contextmanager
     def candidate(
@@ -149,7 +157,7 @@ class Trainer:
             raise StageError("train", str(error)) from None
         with adapters.adapted(self._model, settings, config, name, seed) as adapter:
             training = Training(self._forward, adapter, examples, settings, seed, steps)
-            state = None if folder is None else folder.with_name(f"{folder.name}.{key[:16]}.safetensors")
+            state = None if folder is None else _state(folder, key)
             try:
                 training.run(self._model, state, tick, until=end)
             finally:
@@ -170,6 +178,31 @@ class Trainer:
             if folder is not None and rung is None:
                 _keep(adapter, folder, {"key": key, "settings": asdict(settings), **asdict(trained)})
             yield trained
+
+    def ahead(self, chosen: Sequence[tuple[TrainSettings, int, Path, int | None]], base: str) -> int:
+        """Train candidates together that `candidate` is asked for next, which then finds their states.
+
+        One that cannot be trained with others, or fails, is left for `candidate` to train alone.
+
+        Args:
+            chosen: Settings, number, folder and rung of each, as for `candidate`.
+            base: What the resident weights are.
+
+        Returns:
+            How many were trained together.
+        """
+        from llmevo.train.ahead import Ahead, train_ahead
+
+        asked = []
+        for settings, number, folder, rung in chosen:
+            key = self._key(settings, base, self._seed)
+            if rung is None and _record(folder, key) is not None:
+                continue
+            steps = plan(self._data.parts["train"], settings, self._seed)
+            end = len(steps) if rung is None else within(steps, self.shares[rung])
+            asked.append(Ahead(settings, f"cand{number:04d}", steps, end, _state(folder, key)))
+        part = self._data.parts["train"]
+        return train_ahead(self._model, self._forward, self._targets, part, self._seed, asked)
 
     def _key(self, settings: TrainSettings, base: str, seed: int) -> str:
         content = json.dumps([base, asdict(settings), seed, self._facts["fingerprint"]])
@@ -209,6 +242,11 @@ def _groups(examples: list[Example]) -> Iterator[list[int]]:
         group.append(index)
     if group:
         yield group
+
+
+def _state(folder: Path, key: str) -> Path:
+    """Where the state of a training is that is not at its end."""
+    return folder.with_name(f"{folder.name}.{key[:16]}.safetensors")
 
 
 def _keep(adapter: adapters.Adapter, folder: Path, record: dict[str, Any]) -> None:
