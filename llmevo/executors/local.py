@@ -112,7 +112,7 @@ class LocalExecutor:
         """One worker's thread: start it, then hand it job after job."""
         broken = self._start(seat)
         while (items := self._queue.get()) is not None:
-            if len(items) > 1 and broken is None and seat.alive and not self._cancelled.is_set():
+            if len(items) > 1 and broken is None and not self._cancelled.is_set() and seat.alive:
                 seat.ahead([job for job, _ in items])
             for job, future in items:
                 if self._cancelled.is_set() or not future.set_running_or_notify_cancel():
@@ -281,7 +281,11 @@ def _work(
     with contextlib.suppress(EOFError, OSError):
         while True:
             asked = connection.recv()
-            connection.send(pipeline.ahead(asked) if isinstance(asked, list) else pipeline.run(asked))
+            if isinstance(asked, list):
+                pipeline.ahead(asked)
+                connection.send(None)
+            else:
+                connection.send(pipeline.run(asked))
 
 
 def _die_with_parent() -> None:

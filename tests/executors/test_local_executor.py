@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ class Deeds:
 
     def describe(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
+
+    def ahead(self, jobs: Sequence[Job]) -> None:
+        if any(job.params.get("ahead") == "sigkill" for job in jobs):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._runs += 100
 
     def run(self, job: Job) -> Outcome:
         self._runs += 1
@@ -235,3 +240,18 @@ def test_signals_to_the_group_leave_the_worker_alone(tmp_path: Path) -> None:
         driver.stdin.flush()
         assert driver.stdout.readline() == first
     assert gone(worker)
+
+
+def test_jobs_together_are_a_job_each_and_one_after_the_other_where_that_kills_the_worker(
+    start: Callable[..., LocalExecutor],
+) -> None:
+    executor = start()
+    well = [Job(0, {"deed": "work"}, 0), Job(1, {"deed": "exit"}, 0), Job(2, {"deed": "work"}, 0)]
+    first, second, third = (future.result(timeout=60) for future in executor.submit_together(well))
+    assert first.metrics["t"]["runs"] == 101
+    assert "exit code 7" in str(second.error)
+    assert third.metrics["t"]["runs"] == 1  # by another worker
+    fatal = [Job(number, {"deed": "work", "ahead": "sigkill"}, 0) for number in range(3)]
+    outcomes = [future.result(timeout=60) for future in executor.submit_together(fatal)]
+    assert [outcome.number for outcome in outcomes] == [0, 1, 2]
+    assert [outcome.metrics["t"]["runs"] for outcome in outcomes] == [1, 2, 3]
