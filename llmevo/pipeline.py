@@ -242,7 +242,12 @@ class MergePipeline:
         started = time.monotonic()
         self._merger.merge(self._recipes.recipe(jobs[0].params), jobs[0].seed)
         chosen = [
-            (self._trainer.settings(job.params), job.number, self._kept / adapter_folder(job.number, job.rerun), job.rung)
+            (
+                self._trainer.settings(job.params),
+                job.number,
+                self._kept / adapter_folder(job.number, job.rerun),
+                job.rung,
+            )
             for job in jobs
         ]
         self._trainer.ahead(chosen, base)
