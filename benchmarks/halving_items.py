@@ -72,7 +72,7 @@ def _evaluated(numbers: range) -> Any:
 
     from llmevo import genome as genomes
     from llmevo.pipeline import Job, MergePipeline
-    from llmevo.proposers.ga import reflect
+    from llmevo.proposers.operators import reflect
     from llmevo.recipe import Recipes, num_layers
 
     quickstart.prepare(_CACHE, quickstart.FULL)

@@ -6,12 +6,18 @@ import hashlib
 import math
 from typing import TYPE_CHECKING, Any, final
 
-from llmevo.genome import NLL, VALIDATION_LOSS, Genome
+from llmevo.genome import GENERAL_LOSS, NLL, VALIDATION_LOSS, Genome
 from llmevo.trial import Score, Split, standard_error
 
 if TYPE_CHECKING:
     from llmevo.evaluate import Evaluator
     from llmevo.train import Trainer
+    from llmevo.train.data import Part
+
+_PARTS: dict[str, dict[Split, Part]] = {
+    VALIDATION_LOSS: {"search": "validation", "holdout": "test"},
+    GENERAL_LOSS: {"search": "general", "holdout": "general_test"},
+}
 
 
 @final
@@ -21,7 +27,7 @@ class Fitness:
     Args:
         genome: The tasks, and the direction of the search.
         evaluator: Of the tasks that are lm-eval's; None if there are none.
-        trainer: Has the examples of `validation_loss`; None if nothing is trained.
+        trainer: Has the examples of the losses; None if nothing is trained.
 
     Attributes:
         last: How many of lm-eval's items the last evaluation `scored`, and how many it had `cached`.
@@ -33,18 +39,20 @@ class Fitness:
         self._evaluator, self._trainer = evaluator, trainer
         self._direction = genome.search.direction
         self.last: dict[str, int] = {}
-        own = next((task for task in genome.tasks if task.name == VALIDATION_LOSS), None)
-        self._weight = None if own is None else abs(own.weight)
-        self._sign = sign(1.0 if own is None else own.weight, False, self._direction)
+        own = [task for task in genome.tasks if task.name in _PARTS]
+        self._weights = {task.name: abs(task.weight) for task in own}
+        self._signs = {VALIDATION_LOSS: sign(1.0, False, self._direction)}
+        self._signs |= {task.name: sign(task.weight, False, self._direction) for task in own}
 
     def evaluate(
         self, split: Split, *, rung: int | None = None, weights: str | None = None
     ) -> tuple[Score, dict[str, dict[str, float]]]:
         """Score the resident model; see `Evaluator.evaluate`.
 
-        The loss is that of the validation examples for the search, and of the test examples for the holdout.
-        On a rung of a search that trains it is the whole score, whatever the tasks are: it says early which
-        training is the better one, and the accuracy on a few items does not.
+        The losses are those of the validation and general examples for the search, and of the test and
+        general test examples for the holdout. On a rung of a search that trains the validation loss is the
+        whole score, whatever the tasks are: it says early which training is the better one, and the accuracy
+        on a few items does not.
         """
         self.last = {}
         score: Score | None = None
@@ -53,27 +61,27 @@ class Fitness:
         if self._evaluator is not None and not alone:
             score, metrics = self._evaluator.evaluate(split, rung=rung, weights=weights)
             self.last = dict(self._evaluator.last)
-        if self._trainer is None or (self._weight is None and not alone):
+        weighted = {VALIDATION_LOSS: self._weights.get(VALIDATION_LOSS, 1.0)} if alone else self._weights
+        if self._trainer is None or not weighted:
             assert score is not None
             return score, metrics
-        losses = self._trainer.losses("validation" if split == "search" else "test")
-        mean = math.fsum(losses) / len(losses)
-        metrics = {**metrics, VALIDATION_LOSS: {NLL: mean}}
-        # Less is better in either direction, and items are signed so that more is.
-        items = {VALIDATION_LOSS: [-loss for loss in losses]}
-        error, weight = standard_error(losses), 1.0 if self._weight is None else self._weight
-        value = self._sign * weight * mean
-        squared = None if error is None else (weight * error) ** 2
+        value, squared, items = 0.0, 0.0, {}
         if score is not None:
-            value += score.value
-            items = {**{task: list(values) for task, values in score.items.items()}, **items}
-            unknown = squared is None or score.stderr is None
-            squared = None if unknown else squared + score.stderr**2  # type: ignore[operator]
-        return Score(value, None if squared is None else math.sqrt(squared), items), metrics
+            value, squared = score.value, math.nan if score.stderr is None else score.stderr**2
+            items = {task: list(values) for task, values in score.items.items()}
+        for name, weight in weighted.items():
+            losses = self._trainer.losses(_PARTS[name][split])
+            mean, error = math.fsum(losses) / len(losses), standard_error(losses)
+            metrics = {**metrics, name: {NLL: mean}}
+            # Less is better in either direction, and items are signed so that more is.
+            items[name] = [-loss for loss in losses]
+            value += self._signs[name] * weight * mean
+            squared += math.nan if error is None else (weight * error) ** 2
+        return Score(value, None if math.isnan(squared) else math.sqrt(squared), items), metrics
 
     def known(self, split: Split, rung: int | None, weights: str) -> bool:
         """Whether `evaluate` with these arguments needs no model; see `Evaluator.known`."""
-        if self._evaluator is None or self._weight is not None:  # losses are not kept
+        if self._evaluator is None or self._weights:  # losses are not kept
             return False
         return self._evaluator.known(split, rung, weights)
 
@@ -88,9 +96,9 @@ class Fitness:
         facts["shares"] = list(self._trainer.shares)
         known = facts["train"]["fingerprint"]
         facts["fingerprint"] = hashlib.sha256(f"{facts['fingerprint']} {known}".encode()).hexdigest()
-        if self._weight is not None:
-            counts = facts["train"]["examples"]
-            facts["items"][VALIDATION_LOSS] = {"search": counts["validation"], "holdout": counts["test"]}
-            facts["weights"][VALIDATION_LOSS] = self._weight
-            facts["signs"][VALIDATION_LOSS] = self._sign
+        counts = facts["train"]["examples"]
+        for name, weight in self._weights.items():
+            facts["items"][name] = {split: counts[part] for split, part in _PARTS[name].items()}
+            facts["weights"][name] = weight
+            facts["signs"][name] = self._signs[name]
         return facts

@@ -13,13 +13,14 @@ import numpy as np
 
 from llmevo.errors import GenomeError, StageError
 from llmevo.evaluate.hardware import free_memory
+from llmevo.proposers.population import SKETCH
 from llmevo.space import Params
 from llmevo.trial import Score
 from llmevo.trial import Split as Split
 
 if TYPE_CHECKING:
     from llmevo.genome import Genome
-    from llmevo.train import Trained, Trainer
+    from llmevo.train import Start, Trained, Trainer
 
 ADAPTERS = "adapters"  # where in the run directory the trained adapters are
 _LONGEST_ERROR = 500
@@ -41,6 +42,8 @@ class Job:
             train up to this share, an index into `describe()["shares"]`, and score its loss. None for all.
         exact: Merge with mergekit's own arithmetic, whatever `merge.mode` says.
         rerun: Train with the seed of this re-run; 0 for the search's own.
+        inherit: What an individual of a population inherits, as its proposer wrote it; empty for fresh
+            weights, None outside a population.
     """
 
     number: int
@@ -51,6 +54,7 @@ class Job:
     rung: int | None = None
     exact: bool = False
     rerun: int = 0
+    inherit: dict[str, Any] | None = None
 
 
 def training_seed(seed: int, rerun: int) -> int:
@@ -203,6 +207,7 @@ class MergePipeline:
                         trained = on_the_model.enter_context(self._candidate(job, merged))
                     seconds[stage] += self._shared.pop(job.number, 0.0)
                     training = {stage: trained.metrics}
+                    training |= {SKETCH: trained.sketch} if trained.sketch else {}
                     if trained.bytes:  # it came to its end
                         sizes[stage] = trained.bytes
                 stage = "evaluate"
@@ -223,12 +228,14 @@ class MergePipeline:
     def ahead(self, jobs: Sequence[Job]) -> None:
         """Train together what the jobs would train one after the other on equal weights; see `Trainer.ahead`.
 
-        Whatever goes wrong is left for the jobs to meet again. The time is theirs in equal parts.
+        Individuals of a population train alone. Whatever goes wrong is left for the jobs to meet again. The
+        time is theirs in equal parts.
         """
         groups: dict[str, list[Job]] = {}
         try:
             for job in jobs:
-                if self._kept is not None and self._trainer is not None and not (job.recipe or job.rerun):
+                alone = job.recipe or job.rerun or job.inherit is not None
+                if self._kept is not None and self._trainer is not None and not alone:
                     base = self._merger.identity(self._recipes.recipe(job.params), job.seed)
                     groups.setdefault(base, []).append(job)
             for base, members in groups.items():
@@ -265,8 +272,23 @@ class MergePipeline:
         folder = None if self._kept is None else self._kept / adapter_folder(job.number, job.rerun)
         base = self._merger.identity(merged, job.seed)
         settings = self._trainer.settings(job.params)
-        seed = training_seed(job.seed, job.rerun)
-        return self._trainer.candidate(settings, job.number, base, folder, job.rung, seed=seed)
+        seed, start = training_seed(job.seed, job.rerun), self._start(job)
+        return self._trainer.candidate(settings, job.number, base, folder, job.rung, start, seed=seed)
+
+    def _start(self, job: Job) -> Start | None:
+        """What the job's candidate inherits."""
+        from llmevo.train import Start
+
+        if job.inherit is None:
+            return None
+        known = job.inherit
+        if not known:
+            return Start()
+        if self._kept is None:
+            raise StageError("train", "`run.dir` must be given: a child's parents are kept there")
+        shares = (known["share"], 1 - known["share"])
+        parents = zip(map(self._kept.joinpath, map(adapter_folder, known["parents"])), shares, strict=True)
+        return Start(tuple(parents), known["strength"], known["seed"], known["generation"])
 
     def describe(self) -> dict[str, Any]:
         """`device`, `dtype`, `parents`, `parent_bytes`, `memory`, `seconds`, and `Fitness.describe()`."""

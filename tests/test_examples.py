@@ -145,7 +145,6 @@ def test_lora_search_data_have_no_topic_in_two_parts(
 @pytest.mark.timeout(1200)
 def test_lora_search_finds_settings_and_leaves_an_adapter(tmp_path: Path, smollm2: Path) -> None:
     from peft import PeftConfig
-    from safetensors.torch import load_file
 
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
@@ -153,11 +152,35 @@ def test_lora_search_finds_settings_and_leaves_an_adapter(tmp_path: Path, smollm
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the default settings" in " ".join(done.stdout.split())
     assert "SFTConfig(" in done.stdout
-    assert "\nlora_r: " in done.stdout
-    best = tmp_path / "runs/lora-smollm2/best"
-    assert PeftConfig.from_pretrained(best / "adapter").base_model_name_or_path == ".cache/smollm2"
-    merged = load_file(best / "merged" / "model.safetensors")
-    assert merged.keys() == load_file(smollm2 / "model.safetensors").keys()
+    made = PeftConfig.from_pretrained(tmp_path / "runs/lora-smollm2/best/adapter")
+    assert made.base_model_name_or_path == ".cache/smollm2"
+
+
+def test_eln_corpora_share_no_document_and_no_passage(example) -> None:
+    pytest.importorskip("sklearn")
+    module = example("eln")
+    for documents, names in zip(
+        module.corpora(), (("train", "validation", "test"), ("general", "general_test")), strict=True
+    ):
+        parts = module.split(documents, [module.FULL[name] for name in names])
+        assert [len(part) for part in parts] == [module.FULL[name] for name in names]
+        owner = {passage: number for number, document in enumerate(documents) for passage in document}
+        assert len(owner) == sum(map(len, documents))
+        used = [{owner[passage] for passage in part} for part in parts]
+        assert len(set.union(*used)) == sum(map(len, used))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_eln_holds_a_single_training_and_random_search_against_the_population(
+    tmp_path: Path, smollm2: Path
+) -> None:
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
+    done = run("examples/eln.py", "--smoke", "--folder", str(tmp_path), timeout=1000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / "runs" / "eln" / "report.html").read_text()
+    assert all(name in text for name in ("Beside other runs", "eln-random", "eln-single"))
 
 
 @pytest.mark.slow

@@ -110,17 +110,24 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="RUN/report.html if not given.")
     ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option("--beside", metavar="RUN", help="Another run on the same items; may be repeated."),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Write one HTML file about a run, with its figures inside."""
     from llmevo import report as reports
+    from llmevo.report.beside import compare
     from llmevo.report.findings import load
 
     findings = load(run_path)
-    path = reports.write(findings, out or run_path / "report.html")
+    others = [load(other) for other in beside or []]
+    path = reports.write(findings, out or run_path / "report.html", others)
     if as_json:
-        say_json({"report": str(path), **findings.to_json()})
+        rivals = [rival.to_json() for rival in compare(findings, others)] if others else []
+        say_json({"report": str(path), "beside": rivals, **findings.to_json()})
     else:
         say(str(path))
 

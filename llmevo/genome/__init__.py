@@ -24,10 +24,14 @@ from llmevo.genome.sections import MergeStageSpec as MergeStageSpec
 from llmevo.genome.sections import RunSpec as RunSpec
 from llmevo.genome.sections import SearchSpec as SearchSpec
 from llmevo.genome.spec import Methods, ModelSetting, Spec, Warm
+from llmevo.genome.train import BASE_INITS, INHERITABLE, values_of
+from llmevo.genome.train import GENERAL_LOSS as GENERAL_LOSS
 from llmevo.genome.train import NLL as NLL
 from llmevo.genome.train import VALIDATION_LOSS as VALIDATION_LOSS
 from llmevo.genome.train import TrainSettings as TrainSettings
 from llmevo.genome.train import TrainSpec as TrainSpec
+
+LOSSES = (VALIDATION_LOSS, GENERAL_LOSS)
 
 
 class MergeSpec(Spec):
@@ -121,11 +125,11 @@ class TaskSpec(Spec):
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         value = {"name": value} if isinstance(value, str) else value
-        if isinstance(value, dict) and value.get("name") == VALIDATION_LOSS:
+        if isinstance(value, dict) and value.get("name") in LOSSES:
             value = {"metric": NLL, **value}
             if value["metric"] != NLL:
                 raise ValueError(
-                    f"{VALIDATION_LOSS} has the metric {NLL!r}, but got {value['metric']!r}; remove it"
+                    f"{value['name']} has the metric {NLL!r}, but got {value['metric']!r}; remove it"
                 )
         return value
 
@@ -175,9 +179,9 @@ class Genome(Spec):
             raise ValueError(
                 f"`tasks` must not name a task twice with one metric, but got {names}; remove the double one"
             )
-        losses = [task for task in self.tasks if task.name == VALIDATION_LOSS]
+        losses = [task.name for task in self.tasks if task.name in LOSSES]
         if losses and self.train is None:
-            raise ValueError(f"`tasks` names {VALIDATION_LOSS}, which needs `train.data`; add `train`")
+            raise ValueError(f"`tasks` names {losses[0]}, which needs `train.data`; add `train`")
         idle = self.search.halving.idle(trains=self.train is not None)
         if idle:
             kind, remedy = "items", "add `train`, or remove it"
@@ -186,8 +190,28 @@ class Genome(Spec):
             raise ValueError(
                 f"`search.halving.{idle[0]}` has no effect here, where rungs are {kind}; {remedy}"
             )
-        if len(losses) > 1:
-            raise ValueError(f"`tasks` must not name {VALIDATION_LOSS} twice; remove one")
+        if len(set(losses)) < len(losses):
+            raise ValueError(f"`tasks` must not name {losses[0]} twice; remove one")
+        if GENERAL_LOSS in losses and (self.train is None or self.train.data.general is None):
+            raise ValueError(f"`tasks` names {GENERAL_LOSS}, which needs `train.data.general`; add it")
+        return self
+
+    @model_validator(mode="after")
+    def _individuals(self) -> Genome:
+        if "population" not in (self.search.proposer, self.search.base):
+            return self
+        if self.search.proposer != "population":
+            raise ValueError("`search.base` must not be population, which proposes alone; take ga or cma")
+        adapters = [] if self.train is None else values_of(self.train.adapter)
+        other = next((kind for kind in adapters if kind not in INHERITABLE), None)
+        inits = [] if self.train is None else values_of(self.train.init)
+        other = other or next((f"{init}'s" for init in inits if init in BASE_INITS), None)
+        if self.train is None or other is not None:
+            got = "there is none" if other is None else f"`train.adapter` may be {other}"
+            raise ValueError(
+                f"`search.proposer: population` needs `train` with adapters that are sums of products "
+                f"({', '.join(INHERITABLE)}), but {got}; change it"
+            )
         return self
 
     @property
@@ -196,9 +220,14 @@ class Genome(Spec):
         models = {*self.genome.models, *([self.genome.base_model] if self.genome.base_model else [])}
         return self.genome.models[0] if self.train is not None and len(models) == 1 else None
 
+    @property
+    def reruns(self) -> int:
+        """How often finalists are trained again: not where that would need ancestors that are gone."""
+        return 0 if self.search.proposer == "population" else self.evaluate.reruns
+
     def for_lm_eval(self) -> Genome | None:
         """The genome with the tasks that lm-eval scores; None if there are none."""
-        tasks = [task for task in self.tasks if task.name != VALIDATION_LOSS]
+        tasks = [task for task in self.tasks if task.name not in LOSSES]
         search = self.search
         if self.train is not None:  # its rungs would be tokens, not items
             halving = search.halving.model_copy(update={"enabled": False})
@@ -209,6 +238,7 @@ class Genome(Spec):
 # A run may continue although these differ: they change how much is searched and how, not what a trial is.
 FREE = (
     "search.trials",
+    "search.tokens",
     "search.on_outage",
     "run",
     "evaluate.finalists",

@@ -89,7 +89,8 @@ class SearchSpec(Spec):
     """Who proposes, and how much.
 
     Attributes:
-        proposer: `random`, `sobol`, `ga`, `cma`, `llm`, `hybrid`, `warmstart`, `placebo` or `topk_mean`.
+        proposer: `random`, `sobol`, `ga`, `cma`, `llm`, `hybrid`, `warmstart`, `placebo`, `topk_mean`, or
+            `population`, whose individuals are adapters that are trained on.
         base: hybrid and warmstart only: the base proposer.
         guest: hybrid only: who has the share; a proposer without a model makes it a control.
         share: hybrid only: the guest's highest share of the trials after `warmup`.
@@ -100,9 +101,11 @@ class SearchSpec(Spec):
         mode: One genome from the language model for each proposal, or one mean for each batch.
         prompts: Folder, from the working directory, whose files replace the prompts of the same name.
         trials: How many trials the search makes, references included.
-        population: Trials per generation; None for the proposer's default.
+        tokens: The search ends once its trials, references not counted, were trained on so many; None for
+            no limit.
+        population: Trials per generation, and how many survive it; None for the proposer's default.
         seed: Everything random follows from it.
-        strength: Mutation strength of `ga` and `llm`.
+        strength: Mutation strength of `ga`, `population` and `llm`.
         direction: Whether the weighted score is maximised or minimised.
         references: Whether the baseline, the parents and the uniform merge are evaluated first.
         sigma0: cma only: initial step in the unit cube.
@@ -120,6 +123,7 @@ class SearchSpec(Spec):
     mode: Literal["points", "mean"] = "points"
     prompts: str | None = None
     trials: Annotated[int, Field(ge=1)] = 100
+    tokens: Annotated[int, Field(ge=1)] | None = None
     population: Annotated[int, Field(ge=2)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     strength: StrengthSpec = StrengthSpec()
@@ -148,7 +152,8 @@ class EvaluateSpec(Spec):
         max_length: Longest context in tokens; None for the model's.
         finalists: How many of the best trials are scored on the held-out items at the end.
         reruns: With `train`: how often the finalists and the default are trained again with fresh seeds, so
-            that the mean over seeds decides between them.
+            that the mean over seeds decides between them; never with `population`, whose individuals have
+            several trainings behind them.
         reference: Whether every forward pass is lm-eval's own (`--reference-eval`), instead of one that
             computes shared contexts once.
     """

@@ -15,6 +15,9 @@ from llmevo.space import Categorical, Condition, Float, Gene, Int, Value
 VALIDATION_LOSS = "validation_loss"
 """The task that is no lm-eval task: the mean negative log-likelihood of the validation examples, in nats."""
 
+GENERAL_LOSS = "general_loss"
+"""The same of `train.data.general`: what the model could do before, and may forget."""
+
 NLL = "nll,none"
 """Its one metric: the mean over the examples of their mean per target token, in nats."""
 
@@ -24,6 +27,8 @@ _LORA = (*FREE_INIT, "pissa", "adalora", "qlora", "deltalora")
 PLAIN = ("randlora", "shira", "loha", "lokr", "miss", "oft", "fourierft", "vblora")
 """Methods of peft that need nothing of ours but a configuration."""
 ADAPTERS = (*_LORA, "vera", "ia3", *PLAIN)
+INHERITABLE = ("lora", "rslora", "loraplus", "lorafa", "qlora")
+"""Adapters that are BA and nothing else, from the first step to the last: what a child can start from."""
 TARGETS = ("attn", "mlp", "all-linear")
 BASE_INITS = ("pissa", "olora")
 """First weights that are taken out of the base's, so that these change."""
@@ -147,6 +152,9 @@ class DataSpec(Spec):
         train: Source of the examples to learn from.
         validation: Source of the search's examples, or the share of `train` that is taken for them.
         test: Source of the held-out examples, which are read once, at the end; or their share of `train`.
+        general: Source of examples of another kind, which are never trained on: they show whether the model
+            forgets what it could do. None for none.
+        general_test: Source of its held-out examples, or the share of `general` that is taken for them.
         columns: From the names above to the source's own, such as `{prompt: document, completion: summary}`.
         max_length: Longest example in tokens; None for the model's context.
         too_long: What becomes of longer ones: `error`, `drop` them, or `cut` them off.
@@ -155,6 +163,8 @@ class DataSpec(Spec):
     train: str
     validation: str | Annotated[float, Field(gt=0, lt=1)] = 0.1
     test: str | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    general: str | None = None
+    general_test: str | Annotated[float, Field(gt=0, lt=1)] = 0.5
     columns: dict[Literal["text", "text_pair", "label", "prompt", "completion", "messages"], str] = Field(
         default_factory=dict
     )

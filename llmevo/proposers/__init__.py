@@ -24,6 +24,7 @@ PROPOSERS: dict[str, tuple[str, str]] = {
     "random": ("llmevo.proposers.random", "Random"),
     "sobol": ("llmevo.proposers.sobol", "Sobol"),
     "ga": ("llmevo.proposers.ga", "GA"),
+    "population": ("llmevo.proposers.population", "Population"),
     "cma": ("llmevo.proposers.cma", "CMA"),
     "llm": ("llmevo.proposers.llm", "LLM"),
     "hybrid": ("llmevo.proposers.hybrid", "Hybrid"),

@@ -10,14 +10,14 @@ import numpy as np
 
 from llmevo.errors import ProposerError
 from llmevo.proposers import Direction
+from llmevo.proposers.operators import Operators
 from llmevo.proposers.settled import Settled
-from llmevo.space import Categorical, Gene, Params, Space, Vector
+from llmevo.space import Params, Space, Vector
 from llmevo.strength import OneFifth, Strength
 from llmevo.trial import Proposal, Trial, ranked
 
 _POPULATION = 8
 _TOURNAMENT = 3
-_BLEND = 0.5  # BLX-0.5: neither narrows nor widens a population on average
 _ATTEMPTS = 32  # at a child that is no duplicate, each with a wider mutation
 _ENUMERABLE = 4096  # points; of a space this small the unseen ones are listed
 
@@ -26,11 +26,9 @@ _ENUMERABLE = 4096  # points; of a space this small the unseen ones are listed
 class GA:
     """Genetic algorithm whose parents are the best complete trials of the whole history.
 
-    Parents win tournaments of three. Numbers cross by BLX-0.5 (Eshelman and Schaffer, FOGA 1993), choices
-    uniformly. Each gene mutates with probability 1/d, and at least one does: a number by a normal step
-    of the current strength, reflected at the bounds and of at least one value on a grid, a choice to
-    another one. No point is proposed twice, neither in a batch nor against the history; of a finite space
-    that is used up, fewer points come back, or none.
+    Parents win tournaments of three; they cross and mutate as `Operators` says, each gene with probability
+    1/d. No point is proposed twice, neither in a batch nor against the history; of a finite space that is
+    used up, fewer points come back, or none.
 
     Until there are `population` trials and two parents: the start point, then by turns a point around it
     and a point anywhere.
@@ -59,8 +57,8 @@ class GA:
         self.direction: Direction = direction
         self.population = population or _POPULATION
         self.strength: Strength = OneFifth() if strength is None else strength
+        self._operators = Operators(space)
         self._genes = list(space.genes.values())
-        self._free = [index for index, gene in enumerate(self._genes) if gene.count != 1]
         self._settled = Settled()  # with what is known of the settled trials:
         self._keys: set[str] = set()
         self._top: list[Trial] = []
@@ -104,7 +102,7 @@ class GA:
         spread = OneFifth().start
 
         def near() -> Vector:
-            return self._mutated(self.space.start_unit(), spread, rng, rate=1.0)
+            return self._operators.mutated(self.space.start_unit(), spread, rng, rate=1.0)
 
         def anywhere() -> Vector:
             return rng.random(len(self._genes))
@@ -128,7 +126,9 @@ class GA:
         def attempts() -> Iterator[Vector]:
             for attempt in range(_ATTEMPTS):
                 sigma = min(strength * 1.2**attempt, 0.5)
-                yield self._mutated(self._crossed(units[first], units[second], rng), sigma, rng)
+                yield self._operators.mutated(
+                    self._operators.crossed(units[first], units[second], rng), sigma, rng
+                )
 
         point = self._new(attempts(), seen, rng)
         return point, {
@@ -154,51 +154,3 @@ class GA:
         cells = [(np.arange(gene.count or 0) + 0.5) / (gene.count or 1) for gene in self._genes]
         for unit in itertools.product(*cells):
             yield self.space.from_unit(unit)
-
-    def _crossed(self, first: Vector, second: Vector, rng: np.random.Generator) -> Vector:
-        blend = rng.uniform(-_BLEND, 1 + _BLEND, len(first))
-        either = rng.random(len(first)) < 0.5
-        child = reflect(first + blend * (second - first))
-        for index, gene in enumerate(self._genes):
-            if _is_choice(gene):
-                child[index] = first[index] if either[index] else second[index]
-        return child
-
-    def _mutated(
-        self, unit: Vector, strength: float, rng: np.random.Generator, rate: float | None = None
-    ) -> Vector:
-        child = unit.copy()
-        if not self._free:
-            return child
-        chosen = rng.random(len(self._free)) < (1 / len(self._free) if rate is None else rate)
-        if rate is None:
-            chosen[rng.integers(len(self._free))] = True
-        steps = rng.normal(0.0, strength, len(self._free))
-        for index, hit, step in zip(self._free, chosen.tolist(), steps.tolist(), strict=True):
-            if not hit:
-                continue
-            gene = self._genes[index]
-            if _is_choice(gene):
-                if rate is None or rng.random() < strength:
-                    child[index] = self._other_choice(gene, child[index], rng)
-                continue
-            if gene.count is not None and abs(step) < 1 / gene.count:
-                step = float(np.copysign(1 / gene.count, step))
-            child[index] += step
-        return reflect(child)
-
-    @staticmethod
-    def _other_choice(gene: Gene, unit: float, rng: np.random.Generator) -> float:
-        count = gene.count or 1
-        place = (min(int(unit * count), count - 1) + int(rng.integers(1, count))) % count
-        return (place + 0.5) / count
-
-
-def _is_choice(gene: Gene) -> bool:
-    return isinstance(gene, Categorical) and not gene.ordered
-
-
-def reflect(unit: Vector) -> Vector:
-    """Fold coordinates back into [0, 1] as if the bounds were mirrors; clipping would pile points up."""
-    folded = np.abs(unit) % 2.0
-    return np.where(folded > 1.0, 2.0 - folded, folded)

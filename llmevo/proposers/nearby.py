@@ -10,7 +10,7 @@ import numpy as np
 from llmevo.llm.blocks import View, Whole
 from llmevo.llm.encode import level_key
 from llmevo.proposers import Direction
-from llmevo.proposers.ga import reflect
+from llmevo.proposers.operators import reflect
 from llmevo.proposers.settled import Settled
 from llmevo.space import Categorical, Params, Space
 from llmevo.trial import Trial, ranked

@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 
 from llmevo.report import figures, svg
+from llmevo.report.beside import compare
 from llmevo.report.findings import Findings
 from llmevo.report.words import duration, interval, number, percent, signed
 from llmevo.runner.adapters import BEST
@@ -25,29 +26,34 @@ _COST_ROLES = ("blue", "vermillion", "green", "purple", "sky", "yellow", "muted"
 _FEW_FAILURES = 8
 
 
-def write(findings: Findings, path: Path) -> Path:
+def write(findings: Findings, path: Path, others: Sequence[Findings] = ()) -> Path:
     """Write the report beside `path`, then put it in its place, so that a reader never finds half of one.
 
     Raises:
         LlmevoError: matplotlib is not installed.
     """
-    text = render(findings)
+    text = render(findings, others)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
     return path
 
 
-def render(findings: Findings) -> str:
+def render(findings: Findings, others: Sequence[Findings] = ()) -> str:
     """The whole report as HTML.
 
+    Args:
+        findings: Of the run.
+        others: Runs to hold against it, scored on the same held-out items.
+
     Raises:
-        LlmevoError: matplotlib is not installed.
+        LlmevoError: matplotlib is not installed, or a run cannot be compared.
     """
     template = Template(files("llmevo.report").joinpath("report.html").read_text(encoding="utf-8"))
     sections = [
         _progress(findings),
         _held_out(findings),
+        _beside(findings, others),
         _tasks(findings),
         _origins(findings),
         _parameters(findings),
@@ -183,6 +189,30 @@ def _held_out(findings: Findings) -> str:
     drawing = figures.intervals(scores, differences, against, winner)
     figure = _figure(drawing, "Held-out scores and paired differences with intervals")
     return _section("Held-out items", note + table + figure)
+
+
+def _beside(findings: Findings, others: Sequence[Findings]) -> str:
+    if not others:
+        return ""
+    rivals = compare(findings, others)
+    tasks = list(rivals[0].tasks) if len(rivals[0].tasks) > 1 else []
+    trained = any(rival.tokens for rival in rivals)
+    head = ["run", "proposer", "trials", *(["tokens trained on"] if trained else [])]
+    head += ["held-out score", *tasks, f"{findings.name} is ahead by", "95 % interval"]
+    best = (max if findings.maximize else min)(rival.score for rival in rivals)
+    rows = []
+    for rival in rivals:
+        gap = rival.lead
+        cells = [escape(f"{rival.name} ({rival.label})"), escape(rival.proposer), str(rival.trials)]
+        cells += [str(rival.tokens)] if trained else []
+        cells += [number(rival.score), *(number(rival.tasks[task]) for task in tasks)]
+        lead = None if gap is None else [signed(gap.estimate), f"{signed(gap.low)} to {signed(gap.high)}"]
+        rows.append(([*cells, *(lead or ("", ""))], rival.score == best))
+    note = _note(
+        "Each run's own choice on the same held-out items; differences are paired. A run without a search is "
+        "its default settings."
+    )
+    return _section("Beside other runs", note + _table(list(map(escape, head)), rows))
 
 
 def _held_out_cells(row: Row, score: Score) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ class Findings:
         weights: Of the terms of the score, by their key in `Score.items`.
         language_model: Which one proposed, if any.
         device: Where the trials ran.
+        fingerprint: Of the items that the scores rest on.
         rungs: Items of the search up to and with each rung; a single number where there is no halving.
     """
 
@@ -61,6 +62,7 @@ class Findings:
     weights: Mapping[str, float] = field(default_factory=dict)
     language_model: str | None = None
     device: str = "cpu"
+    fingerprint: str = ""
     rungs: tuple[int, ...] = ()
 
     @property
@@ -311,5 +313,6 @@ def load(run_dir: Path, summary: RunSummary | None = None) -> Findings:
             weights=store.meta("pipeline", {}).get("weights", {}),
             language_model=store.meta("llm"),
             device=store.meta("pipeline", {}).get("device", "cpu"),
+            fingerprint=store.meta("pipeline", {}).get("fingerprint", ""),
             rungs=tuple(sum(rung.values()) for rung in store.meta("pipeline", {}).get("rungs", ())),
         )

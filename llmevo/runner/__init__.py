@@ -19,6 +19,7 @@ from llmevo.genome import Genome, yamltext
 from llmevo.llm.transcript import Recorder, Transcript
 from llmevo.optimizer import Optimizer
 from llmevo.pipeline import Outcome
+from llmevo.proposers.population import Survivors
 from llmevo.recipe import Recipes, num_layers
 from llmevo.rundir import write_atomic
 from llmevo.runner import adapters, closing, finals, opening, reruns
@@ -111,6 +112,7 @@ class _Sitting:
         self._workers = workers
         self._failed_in_a_row = 0
         self._described = False
+        self._survivors = Survivors(genome.search.direction, genome.search.population)
         self._cut: set[str] = set()  # tasks of which it was said that answers are cut off
         layers = num_layers(genome)
         store.set_meta("layers", layers)  # a replay has no models to ask
@@ -207,6 +209,9 @@ class _Sitting:
         total, budget = len(self.optimizer.trials), self.genome.search.trials
         if total >= budget:
             return f"all {budget} trials are done"
+        trained = describe.tokens(self.optimizer.trials[len(self.references) :])
+        if self.genome.search.tokens is not None and trained >= self.genome.search.tokens:
+            return f"the trials were trained on {trained} tokens"
         if self._workers.spent:
             raise Halt(3, LIMIT)
         reasons = self.optimizer.stop_reasons()
@@ -329,14 +334,7 @@ class _Sitting:
         best = self.optimizer.best
         if best is not None and best.number == told.number:
             self._save_best(best)
-        if self.genome.train is not None:
-            adapters.prune(
-                self.store.run_dir,
-                self.optimizer.trials,
-                len(self.references),
-                self.genome.search.direction,
-                self.genome.evaluate.finalists,
-            )
+        self._prune()
         self.observer.finished(told, best)
         halved = told.cost.get("items", {}).get("halved")
         if halved:
@@ -350,6 +348,22 @@ class _Sitting:
                     f"{task}: {share:.0%} of trial {told.number}'s answers were cut off at the longest "
                     "allowed length (max_gen_toks) before they had ended"
                 )
+
+    def _prune(self) -> None:
+        """Delete adapters that nobody can want any more."""
+        search, trials = self.genome.search, self.optimizer.trials
+        breeds = search.proposer == "population"
+        # Until a batch is over, its trials' parents are wanted, and who survives is not known.
+        if self.genome.train is None or (breeds and self._pending):
+            return
+        adapters.prune(
+            self.store.run_dir,
+            trials,
+            len(self.references),
+            search.direction,
+            self.genome.evaluate.finalists,
+            self._survivors(trials) if breeds else (),
+        )
 
     def recipe(self, trial: Trial) -> dict[str, Any]:
         """The mergekit configuration of a trial."""

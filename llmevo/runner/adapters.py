@@ -21,9 +21,14 @@ def folder_of(run_dir: Path, number: int) -> Path:
 
 
 def prune(
-    run_dir: Path, trials: Sequence[Trial], references: int, direction: Direction, finalists: int
+    run_dir: Path,
+    trials: Sequence[Trial],
+    references: int,
+    direction: Direction,
+    finalists: int,
+    parents: Iterable[Trial] = (),
 ) -> None:
-    """Delete the adapters of trials that are over and can be no finalists any more.
+    """Delete the adapters of trials that are over and can be neither finalists nor parents any more.
 
     Args:
         run_dir: The run directory.
@@ -31,8 +36,9 @@ def prune(
         references: How many of the first trials no proposer made; theirs are kept.
         direction: Of the search's score.
         finalists: How many of the proposers' best trials may still be scored on the held-out items.
+        parents: Trials whose children may begin with their adapters.
     """
-    best = {trial.number for trial in ranked(trials[references:], direction)[:finalists]}
+    best = {trial.number for trial in [*ranked(trials[references:], direction)[:finalists], *parents]}
     over = (t.number for t in trials[references:] if t.state is not State.PENDING and t.number not in best)
     _remove(run_dir, over)
     # What a training that was interrupted left behind is of use to its own trial only.

@@ -72,7 +72,7 @@ def _train_again(
     split: Split,
 ) -> None:
     """One fresh seed after the other; a training that failed has nothing to hold out."""
-    for rerun in range(1, genome.evaluate.reruns + 1):
+    for rerun in range(1, genome.reruns + 1):
         known = store.reruns()
         new = [trial for trial in trials if (trial.number, rerun, split) not in known]
         if split == "holdout":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmevo.runner.rungs import Rungs
+from llmevo.trial import Trial
 
 TRUNCATED = 0.05  # of a task's answers; above it a note says so
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -88,6 +89,11 @@ def size(count: int) -> str:
     while value >= 1000 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.3g} {_UNITS[unit]}"
+
+
+def tokens(trials: Sequence[Trial]) -> int:
+    """How many tokens trials were trained on, those that failed included."""
+    return sum(int(trial.cost.get("tokens", 0)) for trial in trials)
 
 
 def truncated(metrics: object) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmevo import evaluate
-from llmevo.errors import StoreError
+from llmevo.errors import GenomeError, StoreError
 from llmevo.genome import Genome, LLMSpec, SearchSpec, resumable_difference
 from llmevo.llm import DescribedClient, Endpoint, canary, client_from
 from llmevo.llm.ledger import Ledger, Limits, Price
@@ -149,8 +149,15 @@ def proposer(genome: Genome, recipes: Recipes, chat: DescribedClient | None = No
 
     Raises:
         ProposerError: No proposer has that name, or it cannot be made.
+        GenomeError: It cannot propose in this space.
     """
     search, space = genome.search, recipes.space
+    merged = [gene for gene in space.names if not gene.startswith("train.")]
+    if search.proposer == "population" and merged:
+        raise GenomeError(
+            "`search.proposer: population` must have one base for all individuals, but "
+            f"`{merged[0]}` is a gene of the merge; fix it, or take one model."
+        )
     name = "llm" if search.proposer == "warmstart" else search.proposer
     if name == "hybrid":
         name = search.guest
@@ -175,7 +182,7 @@ def _options(name: str, genome: Genome, recipes: Recipes, chat: DescribedClient 
     search = genome.search
     if name == "cma":
         return {"population": search.population, "sigma0": search.sigma0}
-    if name == "ga":
+    if name in ("ga", "population"):
         return {"population": search.population, "strength": strength(search)}
     if name in ("placebo", "topk_mean"):
         return {"strength": strength(search)}

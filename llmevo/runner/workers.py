@@ -11,6 +11,7 @@ from llmevo.executors import Executor
 from llmevo.executors.local import LocalExecutor
 from llmevo.genome import Genome
 from llmevo.pipeline import Job, Outcome, Split
+from llmevo.proposers.population import notes
 from llmevo.runner import opening
 from llmevo.runner.signals import Stop
 from llmevo.store import Store
@@ -43,7 +44,8 @@ def job_of(
     random numbers across the search, and `mergekit-yaml --random-seed` finds the evaluated model again.
     """
     seed, recipe = genome.search.seed, trial.attrs.get("recipe")
-    return Job(trial.number, trial.params, seed, split, recipe, rung, split == "holdout", rerun)
+    inherit = dict(notes(trial)) if genome.search.proposer == "population" else None
+    return Job(trial.number, trial.params, seed, split, recipe, rung, split == "holdout", rerun, inherit)
 
 
 @final

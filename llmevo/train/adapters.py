@@ -144,7 +144,7 @@ class Adapter:
                 if ".lora_A." in key:
                     parameter.requires_grad_(False)
         self._start = self._factors() if settings.starts_from_base else {}
-        self._delta = Delta(self._layers(), name, settings) if settings.adapter == "deltalora" else None
+        self._delta = Delta(self.layers(), name, settings) if settings.adapter == "deltalora" else None
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """What is trained, by name without the adapter's."""
@@ -191,7 +191,7 @@ class Adapter:
         if self._delta is not None:
             self._delta.resume(kept)
 
-    def _layers(self) -> dict[str, Any]:
+    def layers(self) -> dict[str, Any]:
         """The LoRA layers of peft by name."""
         return {key: m for key, m in self._peft.named_modules() if self.name in getattr(m, "lora_A", ())}
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _SIDES = (".lora_A.weight", ".lora_B.weight")
 # What a LoRA may have beside BA. Sums of it are not what these settings say, or are not linear in BA.
 _BESIDE = {"use_dora": "DoRA's magnitudes", "lora_bias": "biases", "modules_to_save": "whole modules"}
@@ -94,11 +94,11 @@ def _pairs(folder: Path, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[t
     found = {}
     for key, tensor in state.items():
         side = next((side for side in _SIDES if key.endswith(side)), None)
-        if side is None or tensor.ndim != 2 or not key.startswith(_PREFIX):
+        if side is None or tensor.ndim != 2 or not key.startswith(PREFIX):
             raise GenomeError(f"`{folder}` must hold A and B of linear modules alone, but has {key!r}.")
         stem = key.removesuffix(side)
         if side == _SIDES[0]:
-            found[stem.removeprefix(_PREFIX)] = (tensor, state[stem + _SIDES[1]])
+            found[stem.removeprefix(PREFIX)] = (tensor, state[stem + _SIDES[1]])
     return found
 
 
@@ -181,7 +181,7 @@ def _write(sums: Mapping[str, Product], configs: Sequence[Any], out: Path) -> No
     tensors = {}
     for name, product in sums.items():
         for side, factor in zip(_SIDES, (product.down, product.up), strict=True):
-            tensors[_PREFIX + name + side] = factor.contiguous()
+            tensors[PREFIX + name + side] = factor.contiguous()
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

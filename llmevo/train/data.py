@@ -16,7 +16,7 @@ from llmevo.train.example import Example as Example
 from llmevo.train.rows import Row, read
 from llmevo.train.tokenise import Kind, shorten, tokenise
 
-Part: TypeAlias = Literal["train", "validation", "test"]
+Part: TypeAlias = Literal["train", "validation", "test", "general", "general_test"]
 
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 _SPLIT_STREAM = 0x7261696E  # keeps the split's random numbers apart from others of the same seed
@@ -44,8 +44,8 @@ class Examples:
     def describe(self) -> dict[str, Any]:
         """Facts for the run's record, as JSON; `fingerprint` changes with any token."""
         digest = hashlib.sha256()
-        for part in PARTS:
-            for example in self.parts[part]:
+        for part, examples in self.parts.items():
+            for example in examples:
                 digest.update(_identity(example) + b"|")
             digest.update(part.encode())
         return {
@@ -86,7 +86,7 @@ def load(spec: DataSpec, tokenizer: Any, context: int, seed: int, kind: Kind = "
     parts: dict[Part, list[Example]] = {}
     dropped: dict[Part, int] = {}
     cut: dict[Part, int] = {}
-    for part in PARTS:
+    for part in (*PARTS, *(part for part in rows if part not in PARTS)):
         examples = [tokenise(row, tokenizer, kind, labels) for row in rows[part]]
         over = [index for index, example in enumerate(examples) if _width(example) > longest]
         if over and spec.too_long == "error":
@@ -109,7 +109,9 @@ def load(spec: DataSpec, tokenizer: Any, context: int, seed: int, kind: Kind = "
                 f"dropped for being longer than {longest} tokens; raise `train.data.max_length`."
             )
     known = {_identity(e) for e in parts["train"]}
-    repeated = {part: sum(_identity(e) in known for e in parts[part]) for part in PARTS[1:]}
+    repeated: dict[Part, int] = {
+        part: sum(_identity(e) in known for e in found) for part, found in parts.items() if part != "train"
+    }
     return Examples(parts, dropped, cut, repeated, labels)
 
 
@@ -167,7 +169,26 @@ def _split(spec: DataSpec, seed: int, head: str) -> dict[Part, list[Row]]:
         order = order[count:]
     # What is left for training keeps the file's order: each epoch shuffles it anyway.
     found["train"] = [rows[index] for index in sorted(order)]
-    return found
+    return found | (_general(spec, seed, head) if spec.general is not None else {})
+
+
+def _general(spec: DataSpec, seed: int, head: str) -> dict[Part, list[Row]]:
+    """The examples of another kind: for the search, and held out."""
+    assert spec.general is not None
+    rows = read(spec.general, spec.columns, head)
+    if isinstance(spec.general_test, str):
+        return {"general": rows, "general_test": read(spec.general_test, spec.columns, head)}
+    count = max(round(spec.general_test * len(rows)), 1)
+    if count >= len(rows):
+        raise GenomeError(
+            f"`train.data.general` must hold enough examples for two parts, but {spec.general} has "
+            f"{len(rows)}; add examples, or give `general_test` a file of its own."
+        )
+    order = np.random.default_rng([seed, _SPLIT_STREAM, 1]).permutation(len(rows)).tolist()
+    return {
+        "general": [rows[index] for index in order[count:]],
+        "general_test": [rows[index] for index in order[:count]],
+    }
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

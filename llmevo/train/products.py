@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, final
 if TYPE_CHECKING:
     import torch
 
-SKETCH = 16  # rows and columns of a sketch
+SKETCH = 8  # rows and columns of a sketch
 
 
 @final

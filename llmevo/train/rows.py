@@ -42,7 +42,8 @@ def check_data(spec: DataSpec, head: str = "lm") -> dict[str, int]:
     Raises:
         GenomeError: A file is not there, has no rows, or a row is not an example.
     """
-    sources = [spec.train, *(f for f in (spec.validation, spec.test) if isinstance(f, str))]
+    others = (spec.validation, spec.test, spec.general, spec.general_test if spec.general else None)
+    sources = [spec.train, *(source for source in others if isinstance(source, str))]
     return {source: len(read(source, spec.columns, head)) for source in sources}
 
 

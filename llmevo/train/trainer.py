@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -20,6 +20,7 @@ from llmevo.space import Params
 from llmevo.train import adapters, data, methods, nf4
 from llmevo.train.data import Example, Part
 from llmevo.train.forward import Forward
+from llmevo.train.inherit import Start, fingerprint, inherit
 from llmevo.train.loop import Training, mean_of_late, plan, tokens_of, within
 from llmevo.train.shares import shares_of
 
@@ -37,10 +38,12 @@ class Trained:
         metrics: `loss_first` and `loss_last` (nats per target token), `steps`, `tokens`, `budget` (the tokens
             of the whole training), `parameters` (trained ones).
         bytes: Of the adapter's weights; 0 while the training is not over.
+        sketch: Of the adapter's change, by place; empty where nobody asked for it.
     """
 
     metrics: dict[str, float]
     bytes: int
+    sketch: dict[str, float] = field(default_factory=dict)
 
 
 @final
@@ -122,6 +125,7 @@ class Trainer:
         base: str,
         folder: Path | None = None,
         rung: int | None = None,
+        start: Start | None = None,
         tick: Callable[[int], None] | None = None,
         seed: int | None = None,
     ) -> Iterator[Trained]:
@@ -134,14 +138,15 @@ class Trainer:
             folder: Where the trained adapter is kept; one that is there already is not trained again. None
                 to keep nothing. A training that stops leaves its state beside it, and goes on from there.
             rung: Stop at `shares[rung]` of the tokens; None for the whole training.
+            start: What the candidate inherits, if it is of a population.
             tick: Called after each step with its number.
             seed: Of the adapter's first weights, the order of the examples and dropout; None for the run's.
 
         Raises:
-            StageError: The training diverged, or the settings do not fit the model.
+            StageError: The training diverged, the settings do not fit the model, or a parent is gone.
         """
         seed = self._seed if seed is None else seed
-        name, key = f"cand{number:04d}", self._key(settings, base, seed)
+        name, key = f"cand{number:04d}", self._key(settings, base, seed, start)
         known = None if folder is None or rung is not None else _record(folder, key)
         if folder is not None and known is not None:
             self.reached = int(known.metrics["tokens"])
@@ -149,14 +154,17 @@ class Trainer:
                 yield known
             return
         examples = self._data.parts["train"]
-        steps = plan(examples, settings, seed)
+        order = seed if start is None else start.order(seed)
+        steps = plan(examples, settings, order)
         end = len(steps) if rung is None else within(steps, self.shares[rung])
         try:
             config = methods.config(settings, self._targets, seed, len(steps))
         except GenomeError as error:
             raise StageError("train", str(error)) from None
         with adapters.adapted(self._model, settings, config, name, seed) as adapter:
-            training = Training(self._forward, adapter, examples, settings, seed, steps)
+            if start is not None:
+                inherit(adapter, start)
+            training = Training(self._forward, adapter, examples, settings, order, steps)
             state = None if folder is None else _state(folder, key)
             try:
                 training.run(self._model, state, tick, until=end)
@@ -174,6 +182,7 @@ class Trainer:
                     "parameters": float(sum(p.numel() for p in parameters)),
                 },
                 sum(p.numel() * p.element_size() for p in parameters) if rung is None else 0,
+                {} if start is None else fingerprint(adapter, self._seed),
             )
             if folder is not None and rung is None:
                 _keep(adapter, folder, {"key": key, "settings": asdict(settings), **asdict(trained)})
@@ -195,7 +204,7 @@ class Trainer:
 
         asked = []
         for settings, number, folder, rung in chosen:
-            key = self._key(settings, base, self._seed)
+            key = self._key(settings, base, self._seed, None)
             if rung is None and _record(folder, key) is not None:
                 continue
             steps = plan(self._data.parts["train"], settings, self._seed)
@@ -204,8 +213,11 @@ class Trainer:
         part = self._data.parts["train"]
         return train_ahead(self._model, self._forward, self._targets, part, self._seed, asked)
 
-    def _key(self, settings: TrainSettings, base: str, seed: int) -> str:
+    def _key(self, settings: TrainSettings, base: str, seed: int, start: Start | None) -> str:
         content = json.dumps([base, asdict(settings), seed, self._facts["fingerprint"]])
+        if start is not None:
+            parents = [[_content(folder).get("key"), weight] for folder, weight in start.parents]
+            content += json.dumps([parents, start.noise, start.seed, start.generation])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def losses(self, part: Part) -> list[float]:
@@ -264,9 +276,14 @@ def _keep(adapter: adapters.Adapter, folder: Path, record: dict[str, Any]) -> No
 
 def _record(folder: Path, key: str) -> Trained | None:
     """What is kept in `folder`, if it is the training with that key."""
+    record = _content(folder)
+    return Trained(record["metrics"], record["bytes"], record["sketch"]) if record.get("key") == key else None
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """The record in `folder`; empty if there is none."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    ours = isinstance(record, dict) and record.get("key") == key
-    return Trained(record["metrics"], record["bytes"]) if ours else None
+        return {}
+    return record if isinstance(record, dict) else {}

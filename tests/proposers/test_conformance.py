@@ -90,6 +90,7 @@ PROPOSERS: dict[str, Build] = {
     "random": _named("random"),
     "sobol": _named("sobol"),
     "ga": _named("ga", population=4),
+    "population": _named("population", population=4),
     "cma": _named("cma"),
     "cma-small": _named("cma", population=3),
     "hybrid-ga": _hybrid,

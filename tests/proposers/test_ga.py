@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmevo import Categorical, Float, Int, Optimizer, ProposerError, Score, Space, State, Trial
-from llmevo.proposers.ga import GA, reflect
+from llmevo.proposers.ga import GA
+from llmevo.proposers.operators import reflect
 from llmevo.strength import TwoLevel
 
 SPACE = Space({"a": Float(0, 1, init=0.25), "b": Int(1, 64, log=True), "c": Categorical("x", "y", "z")})
