@@ -38,6 +38,7 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 _TRAIN, _HELD_OUT = 600, 300  # words of the default data
+_FEWEST = 2  # steps behind the first
 _WARM = 200  # tokens of a training that is not counted: the first one finds nothing compiled or allocated
 
 
@@ -155,6 +156,11 @@ def _row(
     items = [statistics.fmean(values) for values in zip(*losses, strict=True)]
     start = [statistics.fmean(values) for values in zip(*untrained, strict=True)]
     gains = [before - after for before, after in zip(start, items, strict=True)]
+    if len(steps) < _FEWEST:
+        raise GenomeError(
+            f"`--tokens` must be enough for {_FEWEST + 1} steps, of whose times the median is shown, but got "
+            f"{settings.tokens}, which are {len(steps) // len(trainers) + 1}; raise it."
+        )
     return Row(
         settings.adapter,
         settings.learning_rate,

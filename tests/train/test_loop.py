@@ -138,7 +138,7 @@ class Killed(Exception):
         "lora",
         *(
             pytest.param(a, marks=pytest.mark.slow)
-            for a in ("dora", "loraplus", "pissa", "vera", "deltalora")
+            for a in ("dora", "loraplus", "pissa", "vera", "deltalora", "qlora")
         ),
     ],
 )
