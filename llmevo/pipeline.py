@@ -136,7 +136,12 @@ class MergePipeline:
         self._recipes = recipe.Recipes(genome, recipe.num_layers(genome))
         device = evaluate.device(genome.evaluate)
         dtype = evaluate.dtype(genome.evaluate, device)
-        self._merger = merge.Merger(genome.genome, genome.merge, device=device, dtype=dtype)
+        self._merger: merge.Merger | merge.Loaded
+        if genome.train is not None and genome.alone and merge.needed(genome.genome, genome.train.head):
+            head, seed = genome.train.head, genome.search.seed
+            self._merger = merge.Loaded(genome.genome, head, seed=seed, device=device, dtype=dtype)
+        else:
+            self._merger = merge.Merger(genome.genome, genome.merge, device=device, dtype=dtype)
         if self._merger.tokenizer is None:
             raise GenomeError(
                 "`genome.models` must have a tokenizer beside the base model's weights, but has none."
@@ -179,6 +184,7 @@ class MergePipeline:
             self._merger.tokenizer,
             seed=genome.search.seed,
             halving=genome.search.halving,
+            metrics=[task.name for task in genome.own_tasks],
         )
 
     def run(self, job: Job) -> Outcome:
@@ -210,6 +216,8 @@ class MergePipeline:
                     training |= {SKETCH: trained.sketch} if trained.sketch else {}
                     if trained.bytes:  # it came to its end
                         sizes[stage] = trained.bytes
+                    for number, epoch in enumerate(trained.epochs, start=1):
+                        training[f"epoch {number}"] = epoch
                 stage = "evaluate"
                 with _timed(seconds, stage):
                     score, metrics = self._fitness.evaluate(job.split, rung=job.rung, weights=weights)

@@ -96,6 +96,22 @@ def paired_difference(
     return Interval(low, high, estimate, level)
 
 
+def pseudo_values(whole: float, without: npt.NDArray[np.float64]) -> list[float]:
+    """One number per item for a statistic of all items at once: the jackknife's (Tukey 1958).
+
+    They are `n * whole - (n - 1) * without`, moved by a constant so that their plain mean is `whole`. Their
+    standard error is that of the statistic, and those of two models on the same items are paired.
+
+    Args:
+        whole: The statistic of all items.
+        without: The statistic without each item in turn, shape (items,), at least two.
+    """
+    count = len(without)
+    items = count * whole - (count - 1) * without
+    moved: list[float] = (items + (whole - items.mean())).tolist()
+    return moved
+
+
 def _bootstrap(
     strata: Sequence[tuple[float, npt.NDArray[np.float64]]], resamples: int, seed: int
 ) -> npt.NDArray[np.float64]:

@@ -199,7 +199,7 @@ def validate(
             from llmevo.train import check_data, check_packages
 
             check_packages(genome.train)
-            facts["examples"] = check_data(genome.train.data)
+            facts["examples"] = check_data(genome.train.data, genome.train.head)
             facts["checked"].append("examples")
     if as_json:
         _print_json(facts)

@@ -85,8 +85,8 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Write a trial's weights, tokenizer and a model card with the evidence."""
+    from llmevo import merge
     from llmevo.cli import card, trained
-    from llmevo.merge import export as write
     from llmevo.report.findings import load
 
     findings = load(run_path)
@@ -94,7 +94,11 @@ def export(
     recipe = _recipe(findings, trial)
     adapter = trained.adapter_of(findings, trial)
     text = card.render(findings, trial, _yaml(recipe), out.resolve().name)
-    write(recipe, out, card=text, seed=findings.genome.search.seed, device=findings.device)
+    genome = findings.genome
+    if genome.train is not None and genome.alone and merge.needed(genome.genome, genome.train.head):
+        merge.copy_of(genome.genome, out, text)
+    else:
+        merge.export(recipe, out, card=text, seed=genome.search.seed, device=findings.device)
     if adapter is not None:
         from llmevo.train.fuse import fuse
 

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from llmevo.stats import pseudo_values
+
 Aggregation: TypeAlias = Callable[[Sequence[Any]], float]
 
 # sacrebleu takes tens of milliseconds a corpus; leaving out each item in turn would multiply that.
@@ -44,13 +46,12 @@ def per_item(values: Sequence[Any], aggregation: Aggregation) -> list[float]:
         return [whole]
     if name in _CORPUS:
         items = np.array([float(aggregation([value])) for value in values])
-    else:
-        without = _closed_form(values, name)
-        if without is None:
-            without = np.array([_leave_out(values, i, aggregation, whole) for i in range(count)])
-        items = count * whole - (count - 1) * without
-    centred: list[float] = (items + (whole - items.mean())).tolist()
-    return centred
+        centred: list[float] = (items + (whole - items.mean())).tolist()
+        return centred
+    without = _closed_form(values, name)
+    if without is None:
+        without = np.array([_leave_out(values, i, aggregation, whole) for i in range(count)])
+    return pseudo_values(whole, without)
 
 
 def _leave_out(values: Sequence[Any], index: int, aggregation: Aggregation, whole: float) -> float:

@@ -19,19 +19,18 @@ from llmevo.errors import GenomeError
 from llmevo.genome import yamltext
 from llmevo.genome.explain import explain
 from llmevo.genome.llm import LLMSpec as LLMSpec
+from llmevo.genome.own import GENERAL_LOSS as GENERAL_LOSS
+from llmevo.genome.own import NLL as NLL
+from llmevo.genome.own import OWN_TASKS as OWN_TASKS
+from llmevo.genome.own import VALIDATION_LOSS as VALIDATION_LOSS
 from llmevo.genome.sections import EvaluateSpec as EvaluateSpec
 from llmevo.genome.sections import MergeStageSpec as MergeStageSpec
 from llmevo.genome.sections import RunSpec as RunSpec
 from llmevo.genome.sections import SearchSpec as SearchSpec
 from llmevo.genome.spec import Methods, ModelSetting, Spec, Warm
 from llmevo.genome.train import BASE_INITS, INHERITABLE, values_of
-from llmevo.genome.train import GENERAL_LOSS as GENERAL_LOSS
-from llmevo.genome.train import NLL as NLL
-from llmevo.genome.train import VALIDATION_LOSS as VALIDATION_LOSS
 from llmevo.genome.train import TrainSettings as TrainSettings
 from llmevo.genome.train import TrainSpec as TrainSpec
-
-LOSSES = (VALIDATION_LOSS, GENERAL_LOSS)
 
 
 class MergeSpec(Spec):
@@ -111,10 +110,11 @@ class TaskSpec(Spec):
     """One task of the fitness.
 
     Attributes:
-        name: lm-eval's name, that of a local task from `evaluate.task_path`, or `validation_loss`: the mean
-            negative log-likelihood of `train.data`'s validation (for the held-out table: test) examples.
-        weight: Factor of the metric in the score.
-        metric: `metric,filter` as lm-eval prints it, e.g. `acc,none`; `validation_loss` has one, in nats.
+        name: lm-eval's name, that of a local task from `evaluate.task_path`, or one of `own.OWN_TASKS`
+            (`validation_loss`, `rouge1` and so on), which are measured on the validation examples of
+            `train.data`, and for the held-out table on its test examples.
+        weight: Factor of the metric in the score; 0 to have it measured only.
+        metric: `metric,filter` as lm-eval prints it, e.g. `acc,none`; our own have one each.
     """
 
     name: str
@@ -125,11 +125,12 @@ class TaskSpec(Spec):
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         value = {"name": value} if isinstance(value, str) else value
-        if isinstance(value, dict) and value.get("name") in LOSSES:
-            value = {"metric": NLL, **value}
-            if value["metric"] != NLL:
+        own = OWN_TASKS.get(value.get("name", "")) if isinstance(value, dict) else None
+        if own is not None:
+            value = {"metric": own.metric, **value}
+            if value["metric"] != own.metric:
                 raise ValueError(
-                    f"{value['name']} has the metric {NLL!r}, but got {value['metric']!r}; remove it"
+                    f"{value['name']} has the metric {own.metric!r}, but got {value['metric']!r}; remove it"
                 )
         return value
 
@@ -179,9 +180,8 @@ class Genome(Spec):
             raise ValueError(
                 f"`tasks` must not name a task twice with one metric, but got {names}; remove the double one"
             )
-        losses = [task.name for task in self.tasks if task.name in LOSSES]
-        if losses and self.train is None:
-            raise ValueError(f"`tasks` names {losses[0]}, which needs `train.data`; add `train`")
+        if self.own_tasks and self.train is None:
+            raise ValueError(f"`tasks` names {self.own_tasks[0].name}, which needs `train.data`; add `train`")
         idle = self.search.halving.idle(trains=self.train is not None)
         if idle:
             kind, remedy = "items", "add `train`, or remove it"
@@ -190,9 +190,8 @@ class Genome(Spec):
             raise ValueError(
                 f"`search.halving.{idle[0]}` has no effect here, where rungs are {kind}; {remedy}"
             )
-        if len(set(losses)) < len(losses):
-            raise ValueError(f"`tasks` must not name {losses[0]} twice; remove one")
-        if GENERAL_LOSS in losses and (self.train is None or self.train.data.general is None):
+        general = any(task.name == GENERAL_LOSS for task in self.tasks)
+        if general and (self.train is None or self.train.data.general is None):
             raise ValueError(f"`tasks` names {GENERAL_LOSS}, which needs `train.data.general`; add it")
         return self
 
@@ -214,6 +213,29 @@ class Genome(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _head_suits(self) -> Genome:
+        head = "lm" if self.train is None else self.train.head
+        known = sorted(name for name, own in OWN_TASKS.items() if head in own.heads)
+        for task in self.tasks:
+            own = OWN_TASKS.get(task.name)
+            if head not in (("lm",) if own is None else own.heads):
+                raise ValueError(
+                    f"`tasks` names {task.name}, which a model with `train.head: {head}` cannot do; take "
+                    f"some of {', '.join(known)}"
+                )
+        if head != "lm" and self.alone is None:
+            raise ValueError(
+                f"`train.head` must be lm where models are merged, but got {head}: a head is no part of any "
+                "parent; merge first, then train the merged model in a genome of its own"
+            )
+        return self
+
+    @property
+    def own_tasks(self) -> list[TaskSpec]:
+        """The tasks that are measured on the examples of `train.data`."""
+        return [task for task in self.tasks if task.name in OWN_TASKS]
+
     @property
     def alone(self) -> str | None:
         """The one model that is trained without a merge; None where there is something to merge."""
@@ -227,7 +249,7 @@ class Genome(Spec):
 
     def for_lm_eval(self) -> Genome | None:
         """The genome with the tasks that lm-eval scores; None if there are none."""
-        tasks = [task for task in self.tasks if task.name not in LOSSES]
+        tasks = [task for task in self.tasks if task.name not in OWN_TASKS]
         search = self.search
         if self.train is not None:  # its rungs would be tokens, not items
             halving = search.halving.model_copy(update={"enabled": False})

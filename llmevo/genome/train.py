@@ -12,15 +12,6 @@ from llmevo.errors import SpaceError
 from llmevo.genome.spec import ChoiceGene, Fixed, FloatGene, GeneSpec, IntGene, Spec, setting_kind
 from llmevo.space import Categorical, Condition, Float, Gene, Int, Value
 
-VALIDATION_LOSS = "validation_loss"
-"""The task that is no lm-eval task: the mean negative log-likelihood of the validation examples, in nats."""
-
-GENERAL_LOSS = "general_loss"
-"""The same of `train.data.general`: what the model could do before, and may forget."""
-
-NLL = "nll,none"
-"""Its one metric: the mean over the examples of their mean per target token, in nats."""
-
 FREE_INIT = ("lora", "rslora", "dora", "loraplus", "lorafa")
 """Methods whose first weights may be any of `INITS`."""
 _LORA = (*FREE_INIT, "pissa", "adalora", "qlora", "deltalora")
@@ -228,6 +219,11 @@ class TrainSpec(Spec):
 
     Attributes:
         data: The examples.
+        head: What the model says of a text: `lm` goes on with it or answers it, `classification` gives one
+            of the labels, `regression` a number. A head is trained with the adapter.
+        each_epoch: Whether `tasks` that are measured on the data's own examples are measured after each
+            epoch, too, on the validation examples; kept with the trial.
+        max_new_tokens: Longest answer for metrics that read one; None for the longest in the data.
         adapter: One of `ADAPTERS`.
         rank: Of the adapter; adalora's is the mean rank at the end, oft's the side of its blocks.
         alpha: The adapter's scale is alpha / rank (rslora: alpha / sqrt(rank)). None for 32, or what
@@ -257,6 +253,9 @@ class TrainSpec(Spec):
     """
 
     data: Annotated[DataSpec, BeforeValidator(_data)]
+    head: Literal["lm", "classification", "regression"] = "lm"
+    each_epoch: bool = False
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     adapter: _Setting = DEFAULTS.adapter
     rank: _Setting = DEFAULTS.rank
     alpha: _Setting = None

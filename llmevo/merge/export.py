@@ -78,7 +78,7 @@ def export(
         text = yamltext.dump(recipe)
         (beside / "mergekit_config.yml").write_text(text, encoding="utf-8")
         (beside / "README.md").write_text(card or _own_card(recipe, out.name, text), encoding="utf-8")
-        _publish(beside, out)
+        publish(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(adapted, ignore_errors=True)
@@ -136,7 +136,7 @@ def _own_card(recipe: Mapping[str, Any], name: str, text: str) -> str:
     return _CARD.format(name=name, method=recipe.get("merge_method"), models=models, recipe=text)
 
 
-def _publish(folder: Path, out: Path) -> None:
+def publish(folder: Path, out: Path) -> None:
     """Flush a folder to the disk and give it its name in one step."""
     umask = os.umask(0)
     os.umask(umask)

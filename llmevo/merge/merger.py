@@ -76,7 +76,7 @@ class Merger:
         self.facts = check_parents(spec)
         self._stage = stage
         self._device = torch.device(device)
-        self._dtype = _torch_dtype(spec.dtype)
+        self._dtype = torch_dtype(spec.dtype)
         located = self._located = {where.name: where for where in map(locate, models_of(spec))}
         # Masks choose elements, which factors have not; mergekit's own arithmetic wants them too.
         summed = stage.mode == "fast" and all(method in METHODS for method in spec.methods)
@@ -84,15 +84,15 @@ class Merger:
         self.memory = memory.plan(
             located,
             dtype=self._dtype,
-            resident_dtype=_torch_dtype(dtype),
+            resident_dtype=torch_dtype(dtype),
             device=self._device,
             memory=stage.memory,
             factors=factors,
             ranked=_ranked(spec, located) if stage.mode == "fast" else (),
         )
         first = located[canonical(models_of(spec)[0])]
-        self.model = _resident(first, self._device, _torch_dtype(dtype))
-        self.tokenizer = _tokenizer(first)
+        self.model = _resident(first, self._device, torch_dtype(dtype))
+        self.tokenizer = tokenizer_of(first)
         self._arena = Arena()
         layout.place(self.model, self._arena)
         self._load(located, factors)
@@ -227,7 +227,7 @@ class Merger:
         """Return what mergekit's planner takes."""
         kept = {key: value for key, value in recipe.items() if key not in _TOKENIZER_KEYS}
         dtype = kept.get("dtype")
-        if not self._lossless and (dtype is None or _torch_dtype(dtype) != self._dtype):
+        if not self._lossless and (dtype is None or torch_dtype(dtype) != self._dtype):
             raise StageError(
                 "merge",
                 f"the recipe's `dtype` must be {str(self._dtype).removeprefix('torch.')}, in which the "
@@ -322,7 +322,8 @@ def _resident(where: Located, device: torch.device, dtype: torch.dtype) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def _tokenizer(where: Located) -> Any:
+def tokenizer_of(where: Located) -> Any:
+    """A model's tokenizer; None where it has none."""
     from transformers import AutoTokenizer
 
     if not (where.folder / "tokenizer_config.json").is_file():
@@ -330,7 +331,12 @@ def _tokenizer(where: Located) -> Any:
     return AutoTokenizer.from_pretrained(str(where.folder), trust_remote_code=False)
 
 
-def _torch_dtype(name: str | torch.dtype) -> torch.dtype:
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
+    """Torch's own type for one of the names that a genome has.
+
+    Raises:
+        GenomeError: It is none.
+    """
     import torch
 
     if isinstance(name, torch.dtype):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-MLP = re.compile(r"mlp|feed_?forward|ffn|experts|moe", re.IGNORECASE)
+MLP = re.compile(r"mlp|feed_?forward|ffn|experts|moe|dense\w*dense", re.IGNORECASE)
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -55,6 +55,17 @@ def layer_of(name: str) -> int:
     return int(match[1])
 
 
+def _stack_of(name: str) -> str:
+    """What comes before the layer's number: an encoder's layers and a decoder's have numbers of their own."""
+    return _LAYER.split(name, maxsplit=1)[0]
+
+
+def _task_type(model: Any) -> str:
+    if model.config.is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    return "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
+
+
 @final
 class Targets:
     """Which modules of a model a setting of `target_modules` and `layers` means.
@@ -63,8 +74,10 @@ class Targets:
         model: A transformers model without adapters.
 
     Attributes:
-        layers: How many there are.
+        layers: How many there are; of an encoder and a decoder, those of the deeper one.
         transposed: Whether the modules hold their weights transposed, as GPT-2's do.
+        task_type: What peft calls what the model does.
+        nested: Whether layers hold numbered parts, as T5's do, which peft takes for the layers.
 
     Raises:
         GenomeError: It has no linear modules in numbered layers.
@@ -76,7 +89,13 @@ class Targets:
             raise GenomeError(
                 "`train` needs a model with linear modules in numbered layers, and it has none."
             )
-        self.layers = 1 + max(map(layer_of, self._linear))
+        self._depth: dict[str, int] = {}
+        for name in self._linear:
+            stack = _stack_of(name)
+            self._depth[stack] = max(self._depth.get(stack, 0), 1 + layer_of(name))
+        self.layers = max(self._depth.values())
+        self.task_type = _task_type(model)
+        self.nested = any(len(_LAYER.findall(name)) > 1 for name in self._linear)
         kinds = {type(model.get_submodule(name)).__name__ for name in self._linear}
         self.transposed = kinds == {"Conv1D"}
 
@@ -90,9 +109,13 @@ class Targets:
             raise GenomeError(
                 f"`train.layers` must be <= {self.layers}, the model's layers, but got {settings.layers}."
             )
-        first = self.layers - (settings.layers or self.layers)
+        last = settings.layers or self.layers
         names = self._of_kind(settings.target_modules)
-        return {name: self._linear[name] for name in names if layer_of(name) >= first}
+        return {
+            name: self._linear[name]
+            for name in names
+            if layer_of(name) >= self._depth[_stack_of(name)] - last
+        }
 
     def suffixes(self, settings: TrainSettings) -> list[str]:
         """The shortest ends of module names that mean the targets in all layers and nothing else."""
@@ -215,7 +238,7 @@ class Adapter:
                 scale = module.scaling[self.name] / (module.ranknum[self.name] + 1e-5)
                 state[f"{key}.lora_A.weight"] = module.lora_A[self.name] * module.lora_E[self.name] * scale
                 state[f"{key}.lora_B.weight"] = module.lora_B[self.name]
-        return state
+        return {**state, **{key: tensor for key, tensor in self._state().items() if ".lora_" not in key}}
 
     def save(self, folder: Path) -> int:
         """Write `adapter_config.json` and `adapter_model.safetensors`, which plain peft loads.
@@ -254,7 +277,14 @@ def _folded_config(config: Any) -> Any:
     """The LoRA's that AdaLoRA is saved as."""
     import peft
 
-    kept = ("lora_dropout", "target_modules", "layers_to_transform", "fan_in_fan_out", "task_type")
+    kept = (
+        "lora_dropout",
+        "target_modules",
+        "layers_to_transform",
+        "fan_in_fan_out",
+        "task_type",
+        "modules_to_save",
+    )
     return peft.LoraConfig(
         r=config.init_r,
         lora_alpha=config.init_r,
@@ -367,10 +397,13 @@ def loaded(model: Any, folder: Path, name: str, settings: TrainSettings) -> Iter
 def _unwrap(model: Any) -> None:
     """Put every module back that an adapter wraps, also where the wrapping broke off half-way."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
 
     for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
         if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # around a head
+            setattr(model.get_submodule(parent), child, module.original_module)
     if hasattr(model, "peft_config"):
         del model.peft_config

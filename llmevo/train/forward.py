@@ -9,9 +9,10 @@ is computed the plain way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import numpy as np
+import numpy.typing as npt
 
 from llmevo.train.data import Batch, Example, lay_out
 
@@ -21,6 +22,24 @@ if TYPE_CHECKING:
 _PROBE = 24  # tokens of each example that packing is tried on
 # Mean difference in nats. Rounding makes 2e-6, 6e-3 and 3e-2 on a real model, tokens that see each other 0.5.
 _TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 0.03, "torch.bfloat16": 0.1}
+
+
+class Losses(Protocol):
+    """A forward pass of the resident model, of whatever kind the model is."""
+
+    packed: bool
+    partial: bool
+
+    def losses(self, examples: Sequence[Example]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+        """The loss of each target (nats; squared errors of values), and the index of its example.
+
+        Args:
+            examples: What goes through the model at once.
+
+        Returns:
+            float32, shape (targets,), with gradients where they are on; and shape (targets,).
+        """
+        ...
 
 
 @final
@@ -63,15 +82,8 @@ class Forward:
             return None
         return found[torch.from_numpy(np.argsort(batch.owners, kind="stable")).to(found.device)]
 
-    def losses(self, examples: Sequence[Example]) -> tuple[torch.Tensor, np.ndarray[Any, np.dtype[np.int64]]]:
-        """The negative log-likelihood of each target, in nats, and the index of its example.
-
-        Args:
-            examples: What goes through the model at once.
-
-        Returns:
-            float32, shape (targets,), with gradients where they are on; and shape (targets,).
-        """
+    def losses(self, examples: Sequence[Example]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+        """The negative log-likelihood of each target; see `Losses`."""
         batch = lay_out(examples, self.packed)
         return self.nll(batch), batch.owners
 

@@ -6,9 +6,18 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from llmevo.errors import GenomeError
+from llmevo.train.classify import head_options
+from llmevo.train.generate import filler
 from llmevo.train.trainer import RECORD
+
+_LOADERS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+}
 
 
 def fuse(model: Path, adapter: Path) -> None:
@@ -26,13 +35,13 @@ def fuse(model: Path, adapter: Path) -> None:
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from llmevo.train import nf4
     from llmevo.train.adapters import linear_layers, quiet_peft
 
     dtype = AutoConfig.from_pretrained(str(model)).dtype or torch.bfloat16
-    base = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    base = _base(model, adapter)
     if _on_nf4(adapter):
         for module in map(base.get_submodule, linear_layers(base)):
             module.weight.data = nf4.round_trip(module)
@@ -62,3 +71,25 @@ def _on_nf4(adapter: Path) -> bool:
     record = adapter / RECORD
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     return bool(known.get("settings", {}).get("adapter") == "qlora")
+
+
+def _base(model: Path, adapter: Path) -> Any:
+    """The model in float32 as what the adapter was trained on, with room for a head's outputs."""
+    import torch
+    import transformers
+
+    kind = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["task_type"]
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if kind == "SEQ_CLS":
+        labels = json.loads((adapter / RECORD).read_text(encoding="utf-8"))["labels"]
+        options |= head_options(labels)
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # that the model has no head yet is known
+    try:
+        base = getattr(transformers, _LOADERS[kind]).from_pretrained(str(model), **options)
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    if kind == "SEQ_CLS" and base.config.get_text_config().pad_token_id is None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(model))
+        base.config.get_text_config().pad_token_id = filler(tokenizer)
+    return base

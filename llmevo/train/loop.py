@@ -23,7 +23,7 @@ from llmevo.genome.train import TrainSettings
 from llmevo.train import optimizers
 from llmevo.train.adapters import Adapter
 from llmevo.train.data import Example
-from llmevo.train.forward import Forward
+from llmevo.train.forward import Losses
 
 _SMOOTH = 0.9  # of the running mean of the loss
 _FIRST = 16  # examples whose mean loss is what divergence is measured against
@@ -127,11 +127,12 @@ class Training:
     Attributes:
         losses: The mean loss over the targets of each step that is done, in nats.
         optimizer: AdamW over the adapter's parameters.
+        history: What `tick` notes of the steps that are done; kept with the state.
     """
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Losses,
         adapter: Adapter,
         examples: Sequence[Example],
         settings: TrainSettings,
@@ -143,6 +144,7 @@ class Training:
         self._parameters = adapter.parameters()
         self.optimizer = optimizers.make(self._parameters, settings)
         self.losses: list[float] = []
+        self.history: list[dict[str, float]] = []
 
     def run(
         self,
@@ -241,7 +243,11 @@ class Training:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             beside,
-            metadata={"training": self._identity(), "losses": json.dumps(self.losses)},
+            metadata={
+                "training": self._identity(),
+                "losses": json.dumps(self.losses),
+                "history": json.dumps(self.history),
+            },
         )
         os.replace(beside, path)
 
@@ -264,7 +270,7 @@ class Training:
         kept = {key: tensors.pop(key) for key in list(tensors) if key.startswith(_METHOD)}
         optimizers.resume(self.optimizer, self._parameters, tensors)
         self._adapter.remember({key.removeprefix(_METHOD): tensor for key, tensor in kept.items()})
-        self.losses = json.loads(facts["losses"])
+        self.losses, self.history = json.loads(facts["losses"]), json.loads(facts["history"])
         return True
 
     def _identity(self) -> str:

@@ -89,11 +89,11 @@ def config(settings: TrainSettings, targets: Targets, seed: int, steps: int) -> 
     names = targets.suffixes(settings)
     first = targets.layers - (settings.layers or targets.layers)
     chosen = None if first == 0 else list(range(first, targets.layers))
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": names}
+    common: dict[str, Any] = {"task_type": targets.task_type, "target_modules": names}
     if settings.adapter not in _USUAL_ONLY:
         # NF4 modules hold their weights the usual way round, whatever they were made from.
         common["fan_in_fan_out"] = targets.transposed and settings.adapter != "qlora"
-    if settings.adapter in _BY_NAME:
+    if settings.adapter in _BY_NAME or targets.nested:
         full = names if chosen is None else sorted(targets.modules(settings))
         common["target_modules"] = full
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,18 +13,25 @@ from pathlib import Path
 from typing import Any, final
 
 from llmevo.errors import GenomeError, StageError
+from llmevo.genome.own import OWN_TASKS, VALIDATION_LOSS
 from llmevo.genome.sections import HalvingSpec
 from llmevo.genome.train import TrainSettings, TrainSpec, values_of
 from llmevo.space import Params
 from llmevo.train import adapters, data, methods, nf4
-from llmevo.train.data import Example, Part
-from llmevo.train.forward import Forward
+from llmevo.train.classify import HeadForward, fit_head
+from llmevo.train.data import Part
+from llmevo.train.forward import Forward, Losses
+from llmevo.train.generate import filler
 from llmevo.train.inherit import Start, fingerprint, inherit
-from llmevo.train.loop import Training, mean_of_late, plan, tokens_of, within
+from llmevo.train.loop import Step, Training, mean_of_late, plan, tokens_of, within
+from llmevo.train.measure import Judge, sums
+from llmevo.train.metrics import Measured
+from llmevo.train.seq2seq import PairForward
 from llmevo.train.shares import shares_of
+from llmevo.train.tokenise import Kind
+from llmevo.trial import Split
 
 RECORD = "training.json"
-_TOKENS_AT_ONCE = 4096  # of a forward pass without gradients
 _HALVING = HalvingSpec()
 
 
@@ -39,11 +45,14 @@ class Trained:
             of the whole training), `parameters` (trained ones).
         bytes: Of the adapter's weights; 0 while the training is not over.
         sketch: Of the adapter's change, by place; empty where nobody asked for it.
+        epochs: With `each_epoch`, what was measured after each: `epochs` that were done, and the values of
+            the metrics by name.
     """
 
     metrics: dict[str, float]
     bytes: int
     sketch: dict[str, float] = field(default_factory=dict)
+    epochs: tuple[dict[str, float], ...] = ()
 
 
 @final
@@ -52,10 +61,12 @@ class Trainer:
 
     Args:
         spec: The section `train` of the genome.
-        model: The resident causal model. Its parameters are never replaced; adapters wrap its modules while a
-            candidate is trained and evaluated.
+        model: The resident model: causal, for sequence-to-sequence, or with a head for classes as `spec.head`
+            says, which is fitted to the data's. Its parameters are never replaced; adapters wrap its modules
+            while a candidate is trained and evaluated.
         tokenizer: The model's tokenizer.
         seed: The run's: of the split, the order of the examples, the adapters' first weights, dropout.
+        metrics: Which of `OWN_TASKS` are measured after each epoch, and may be asked of `measure`.
         halving: Where trainings stop to be compared.
 
     Attributes:
@@ -67,13 +78,16 @@ class Trainer:
     """
 
     def __init__(
-        self, spec: TrainSpec, model: Any, tokenizer: Any, *, seed: int, halving: HalvingSpec = _HALVING
+        self,
+        spec: TrainSpec,
+        model: Any,
+        tokenizer: Any,
+        *,
+        seed: int,
+        metrics: Sequence[str] = (VALIDATION_LOSS,),
+        halving: HalvingSpec = _HALVING,
     ) -> None:
-        if model.config.is_encoder_decoder:
-            raise GenomeError(
-                f"`train` needs a causal language model, but {type(model).__name__} has an encoder and a "
-                "decoder; take another model."
-            )
+        kind = _kind(spec, model)
         if any(values_of(spec.checkpointing)) and not model.supports_gradient_checkpointing:
             raise GenomeError(
                 f"`train.checkpointing` must be false: {type(model).__name__} cannot recompute activations."
@@ -82,19 +96,34 @@ class Trainer:
         self._targets = adapters.Targets(model)
         methods.check(spec, self._targets)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        self._data = data.load(spec.data, tokenizer, context, seed)
+        self._data = data.load(spec.data, tokenizer, context, seed, kind)
         self._check_batches()
         self.shares, self._undivided = shares_of(spec, halving, self._data.parts["train"], seed)
         self.reached = 0
-        self._forward = Forward(model, self._data.parts["train"])
+        self._forward = self._make_forward(kind, tokenizer)
+        self._metrics = tuple(metrics)
+        self._judge = Judge(self._forward, model, tokenizer, self._data, context, spec.max_new_tokens)
+        self._judge.check(self._metrics)
         self._facts = self._data.describe()
         self._together = self._how_many()
 
     def _how_many(self) -> tuple[int, str]:
         from llmevo.train.pays import how_many
 
+        if not isinstance(self._forward, Forward):
+            return 1, "a head, or an encoder and a decoder, is trained alone"
+        if self._spec.each_epoch:
+            return 1, "what is measured after each epoch is trained alone"
         part = self._data.parts["train"]
         return how_many(self._spec, self._model, self._forward, self._targets, part, self._seed)
+
+    def _make_forward(self, kind: Kind, tokenizer: Any) -> Losses:
+        if kind == "causal":
+            return Forward(self._model, self._data.parts["train"])
+        if kind == "seq2seq":
+            return PairForward(self._model)
+        fit_head(self._model, self._data.labels, self._seed)
+        return HeadForward(self._model, filler(tokenizer))
 
     def _check_batches(self) -> None:
         largest, count = max(values_of(self._spec.batch_size)), len(self._data.parts["train"])
@@ -165,6 +194,7 @@ class Trainer:
             if start is not None:
                 inherit(adapter, start)
             training = Training(self._forward, adapter, examples, settings, order, steps)
+            tick = self._history(training, steps) if self._spec.each_epoch else None
             state = None if folder is None else _state(folder, key)
             try:
                 training.run(self._model, state, tick, until=end)
@@ -183,9 +213,11 @@ class Trainer:
                 },
                 sum(p.numel() * p.element_size() for p in parameters) if rung is None else 0,
                 {} if start is None else fingerprint(adapter, self._seed),
+                tuple(training.history),
             )
             if folder is not None and rung is None:
-                _keep(adapter, folder, {"key": key, "settings": asdict(settings), **asdict(trained)})
+                record = {"key": key, "settings": asdict(settings), "labels": self._data.labels}
+                _keep(adapter, folder, {**record, **asdict(trained)})
             yield trained
 
     def ahead(self, chosen: Sequence[tuple[TrainSettings, int, Path, int | None]], base: str) -> int:
@@ -202,6 +234,8 @@ class Trainer:
         """
         from llmevo.train.ahead import Ahead, train_ahead
 
+        if not isinstance(self._forward, Forward) or self._spec.each_epoch:
+            return 0
         asked = []
         for settings, number, folder, rung in chosen:
             key = self._key(settings, base, self._seed, None)
@@ -221,39 +255,53 @@ class Trainer:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def losses(self, part: Part) -> list[float]:
-        """The mean negative log-likelihood per target token of each example, in nats, in stored order.
+        """The mean loss per target token of each example, in stored order.
 
         Raises:
             StageError: One of them is not finite.
         """
-        import torch
-
         examples = self._data.parts[part]
-        means = [0.0] * len(examples)
-        with torch.inference_mode():
-            for group in _groups(examples):
-                losses, owners = self._forward.losses([examples[index] for index in group])
-                sums = torch.zeros(len(group), dtype=torch.float64)
-                sums.index_add_(0, torch.from_numpy(owners), losses.double().cpu())
-                for index, total in zip(group, sums.tolist(), strict=True):
-                    means[index] = total / int(examples[index].targets.sum())
-        if not all(map(math.isfinite, means)):
-            raise StageError("evaluate", f"the loss of the {part} examples is not finite.")
-        return means
+        totals = sums(self._forward, examples, part).tolist()
+        return [total / int(e.targets.sum()) for total, e in zip(totals, examples, strict=True)]
+
+    def measure(self, split: Split, names: Sequence[str]) -> tuple[dict[str, Measured], float | None]:
+        """Each of `OWN_TASKS` on its examples of a split; see `Judge.measure`."""
+        found: dict[str, Measured] = {}
+        truncated: float | None = None
+        of_part = {name: OWN_TASKS[name].parts[split == "holdout"] for name in names}
+        for part in dict.fromkeys(of_part.values()):
+            measured, share = self._judge.measure(part, [name for name in names if of_part[name] == part])
+            found |= measured
+            truncated = truncated if share is None else share
+        return {name: found[name] for name in names}, truncated
+
+    def _history(self, training: Training, steps: list[Step]) -> Callable[[int], None]:
+        """What to do after a step: where an epoch ends in it, measure the model and note it."""
+        count, seen = len(self._data.parts["train"]), 0
+        ends: dict[int, float] = {}
+        for number, step in enumerate(steps):
+            if (seen + len(step)) // count > seen // count or number == len(steps) - 1:
+                ends[number] = (seen + len(step)) / count
+            seen += len(step)
+
+        def tick(step: int) -> None:
+            if step not in ends:
+                return
+            self._model.eval()
+            found, truncated = self.measure("search", self._metrics)
+            self._model.train()
+            values = {name: value for name, (value, _) in found.items()}
+            if truncated is not None:
+                values["truncated"] = truncated
+            training.history.append({"epochs": ends[step], **values})
+
+        return tick
 
 
-def _groups(examples: list[Example]) -> Iterator[list[int]]:
-    """Indices in groups of similar length, the longest first, with few enough tokens for one forward pass."""
-    group: list[int] = []
-    width = 0
-    for index in sorted(range(len(examples)), key=lambda i: -len(examples[i])):
-        width = width or len(examples[index])
-        if group and (len(group) + 1) * width > _TOKENS_AT_ONCE:
-            yield group
-            group, width = [], len(examples[index])
-        group.append(index)
-    if group:
-        yield group
+def _kind(spec: TrainSpec, model: Any) -> Kind:
+    if spec.head != "lm":
+        return spec.head
+    return "seq2seq" if model.config.is_encoder_decoder else "causal"
 
 
 def _state(folder: Path, key: str) -> Path:
@@ -277,7 +325,9 @@ def _keep(adapter: adapters.Adapter, folder: Path, record: dict[str, Any]) -> No
 def _record(folder: Path, key: str) -> Trained | None:
     """What is kept in `folder`, if it is the training with that key."""
     record = _content(folder)
-    return Trained(record["metrics"], record["bytes"], record["sketch"]) if record.get("key") == key else None
+    if record.get("key") != key:
+        return None
+    return Trained(record["metrics"], record["bytes"], record["sketch"], tuple(record["epochs"]))
 
 
 def _content(folder: Path) -> dict[str, Any]:

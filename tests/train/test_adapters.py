@@ -230,14 +230,6 @@ def test_a_rank_that_fits_the_chosen_modules_is_allowed(
         assert trainer.settings({}).rank == 64
 
 
-def test_an_encoder_decoder_is_refused(tokenizer: Any, make_spec: Callable[..., Any]) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(GenomeError, match=r"needs a causal language model, but T5ForConditionalGeneration"):
-        Trainer(make_spec(), T5ForConditionalGeneration(config), tokenizer, seed=0)
-
-
 def test_a_damaged_record_is_trained_again(
     tiny: Any, tokenizer: Any, make_spec: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from llmevo.errors import GenomeError
 from llmevo.genome.train import DataSpec
 from llmevo.train import check_data
 from llmevo.train.data import Example, lay_out, load, pack
+from llmevo.train.rows import read
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -176,3 +177,55 @@ def test_a_layout_has_each_target_behind_its_context(lengths: list[int], packed:
         (row, column) = np.argwhere(batch.tokens == example.tokens[0])[0]
         places = batch.positions[row, column : column + len(example)]
         assert places.tolist() == list(range(len(example)))
+
+
+def pairs_of(part: str, count: int) -> list[dict[str, Any]]:
+    return [{"document": f"{part} {i} is", "summary": f" number {i}", "noise": None} for i in range(count)]
+
+
+@pytest.mark.parametrize("form", ["save_to_disk", "dict_on_disk", "parquet"])
+def test_a_data_set_is_read_by_its_splits_and_columns(
+    form: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    parts = {name: datasets.Dataset.from_list(pairs_of(name, 12)) for name in ("train", "validation")}
+    folder = tmp_path / "set"
+    if form == "dict_on_disk":
+        datasets.DatasetDict(parts).save_to_disk(folder)
+    elif form == "save_to_disk":
+        parts["train"].save_to_disk(folder)
+    else:
+        for name, part in parts.items():
+            part.to_parquet(folder / f"{name}.parquet")
+    data: dict[str, Any] = {"train": str(folder), "columns": {"prompt": "document", "completion": "summary"}}
+    if form != "save_to_disk":
+        data["validation"] = f"{folder}[validation]"
+    found = load(DataSpec(**data), tokenizer, 64, 0)
+    counts = {part: len(examples) for part, examples in found.parts.items()}
+    assert counts == {
+        "train": 10 if form == "save_to_disk" else 11,
+        "validation": len(found.parts["validation"]),
+        "test": 1,
+    }
+    texts = {part: [tokenizer.decode(e.text.prompt) for e in found.parts[part]] for part in counts}
+    own = "train" if form == "save_to_disk" else "validation"
+    assert all(text.startswith(f"{own} ") for text in texts["validation"])
+    assert all(text.startswith("train ") for text in texts["train"] + texts["test"])
+    with pytest.raises(GenomeError, match=r"takes 'prompt' from 'title', which is not there; it has"):
+        load(DataSpec(train=str(folder), columns={"prompt": "title"}), tokenizer, 64, 0)
+
+
+def test_class_labels_have_their_names_and_unknown_sets_are_told(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
+    )
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(4)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "set")
+    found = read(str(tmp_path / "set"), {}, "classification")
+    assert [row.content["label"] for row in found] == ["no", "yes", "no", "yes"]
+    with pytest.raises(GenomeError, match=r"`train.data` must name a file, or what `datasets` reads"):
+        read("nobody/has-this-set[train]", {}, "lm")

@@ -104,7 +104,7 @@ def test_the_head_in_chunks_gives_the_same_losses_and_gradients(
 def test_the_validation_loss_is_the_mean_of_each_example(
     tiny: Any, tokenizer: Any, make_spec: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmevo.train import Trainer, trainer
+    from llmevo.train import Trainer, measure
 
     held = Trainer(
         make_spec(data={"train": make_spec().data.train, "validation": 0.5}), tiny, tokenizer, seed=0
@@ -112,5 +112,5 @@ def test_the_validation_loss_is_the_mean_of_each_example(
     parts = held._data.parts["validation"]
     expected = [float(np.mean(plain(tiny, example))) for example in parts]
     assert held.losses("validation") == pytest.approx(expected, abs=1e-5)
-    monkeypatch.setattr(trainer, "_TOKENS_AT_ONCE", 60)
+    monkeypatch.setattr(measure, "_TOKENS_AT_ONCE", 60)
     assert held.losses("validation") == pytest.approx(expected, abs=1e-5)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+from reference_trainer import of_trainer  # noqa: E402
+
 from llmevo.errors import StageError  # noqa: E402
 from llmevo.genome.train import TrainSettings  # noqa: E402
 from llmevo.train import Trainer, adapters, methods  # noqa: E402
@@ -41,61 +43,14 @@ def facts(tiny: Any, tokenizer: Any, make_spec: Callable[..., Any]) -> list[Exam
     return Trainer(make_spec(), tiny, tokenizer, seed=0)._data.parts["train"]
 
 
-def of_trainer(model: Any, examples: list[Example], settings: TrainSettings, folder: Path) -> list[float]:
-    """The losses of peft and transformers' Trainer on the same batches, padded, with its own loss."""
-    from transformers import Trainer as Reference
-    from transformers import TrainingArguments
-
-    losses = []
-
-    class Recording(Reference):
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
-            losses.append(float(loss))
-            return loss
-
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    rows = [examples[index] for step in plan(examples, settings, 0) for index, _ in step]
-    data = [{"tokens": row.tokens, "targets": row.targets} for row in rows]
-
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        width = max(len(row["tokens"]) for row in batch)
-        shape = (len(batch), width)
-        ids, labels, mask = np.zeros(shape, int), np.full(shape, -100), np.zeros(shape, int)
-        for row, one in enumerate(batch):
-            end = len(one["tokens"])
-            ids[row, :end], mask[row, :end] = one["tokens"], 1
-            labels[row, :end] = np.where(one["targets"], one["tokens"], -100)
-        found = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        return {key: torch.from_numpy(value) for key, value in found.items()}
-
-    config = peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    torch.manual_seed(0)
-    wrapped = peft.get_peft_model(model, config)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size,
-        num_train_epochs=1,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant",
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
-        optim="adamw_torch",
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_strategy="no",
-        remove_unused_columns=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
-    Recording(wrapped, arguments, train_dataset=data, data_collator=collate).train()
-    wrapped.unload()
-    return losses
+def as_texts(batch: list[Example]) -> dict[str, Any]:
+    """A padded batch for a causal model, with its labels."""
+    shape = (len(batch), max(map(len, batch)))
+    ids, labels, mask = np.zeros(shape, int), np.full(shape, -100), np.zeros(shape, int)
+    for row, one in enumerate(batch):
+        ids[row, : len(one)], mask[row, : len(one)] = one.tokens, 1
+        labels[row, : len(one)] = np.where(one.targets, one.tokens, -100)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # accelerate's, on a CPU
@@ -109,7 +64,7 @@ def test_thirty_steps_are_those_of_peft_and_transformers_trainer(
         rank=4, learning_rate=3e-3, warmup=0, weight_decay=0.05, batch_size=8, tokens=tokens
     )
     ours, _ = run(load_model(tiny_folder), facts, settings)
-    theirs = of_trainer(load_model(tiny_folder), facts, settings, tmp_path)
+    theirs, _ = of_trainer(load_model(tiny_folder), facts, settings, tmp_path, as_texts)
     assert len(ours) == len(theirs) == 30
     assert ours[-1] < ours[0] - 0.3  # it learns something
     assert np.abs(np.array(ours) - theirs).max() < 1e-5

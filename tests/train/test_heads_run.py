@@ -1,0 +1,134 @@
+"""Genomes that train one model which is no causal one: searched, kept, exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+pytest.importorskip("lm_eval")
+
+from test_heads import files, make  # noqa: E402, F401
+
+from llmevo.errors import GenomeError  # noqa: E402
+from llmevo.genome import Genome  # noqa: E402
+from llmevo.merge import copy_of  # noqa: E402
+from llmevo.pipeline import Job, MergePipeline  # noqa: E402
+from llmevo.train.fuse import fuse  # noqa: E402
+
+
+def genome(folder: Path, data: str, run: Path, **train: Any) -> Genome:
+    """One model, one adapter gene; scored by the loss, with other metrics beside it."""
+    tasks = train.pop("tasks")
+    return Genome.model_validate(
+        {
+            "genome": {"models": [str(folder)], "dtype": "float32", "num_layers": 2},
+            "tasks": ["validation_loss", *({"name": name, "weight": 0} for name in tasks)],
+            "train": {
+                "data": data,
+                "adapter": {"choice": ["lora", "ia3"]},
+                "rank": 4,
+                "learning_rate": 1e-2,
+                "batch_size": 8,
+                **train,
+            },
+            "evaluate": {"device": "cpu", "dtype": "float32"},
+            "run": {"cache": False, "dir": str(run)},
+        }
+    )
+
+
+def saved(kind: str, folder: Path, tokenizer: Any) -> Path:
+    """A model's folder; a GPT-2 without a head, as one has it from elsewhere."""
+    model = make(kind, len(tokenizer))
+    if kind == "gpt2":
+        from transformers import GPT2LMHeadModel
+
+        whole = GPT2LMHeadModel(model.config)
+        whole.transformer.load_state_dict(model.transformer.state_dict())
+        model = whole
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_trial_is_measured_after_each_epoch_and_exported(
+    kind: str,
+    tokenizer: Any,
+    files: dict[str, str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    import transformers
+
+    folder = saved(kind, tmp_path / "model", tokenizer)
+    head = "lm" if kind == "t5" else "classification"
+    tasks = ["rouge1", "bleu"] if kind == "t5" else ["accuracy"]
+    data = files["t5" if kind == "t5" else head]
+    spec = genome(folder, data, tmp_path / "run", head=head, each_epoch=True, epochs=3, tasks=tasks)
+    pipeline = MergePipeline(spec)
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(folder)}], "dtype": "float32"}
+    plain = pipeline.run(Job(0, {}, seed=0, recipe=recipe))
+    outcome = pipeline.run(Job(1, {"train.adapter": "lora"}, seed=0))
+    assert plain.error is None is outcome.error
+    assert outcome.score.value > plain.score.value
+    epochs = [outcome.metrics[f"epoch {number}"] for number in (1, 2, 3)]
+    assert [epoch["epochs"] for epoch in epochs] == [1.0, 2.0, 3.0]
+    assert all({"validation_loss", *tasks} <= set(epoch) for epoch in epochs)
+    for task in ("validation_loss", *tasks):
+        (value,) = (v for name, v in outcome.metrics[task].items() if not name.startswith("truncated"))
+        assert epochs[-1][task] == pytest.approx(value, abs=1e-6)
+    assert epochs[0]["validation_loss"] > epochs[-1]["validation_loss"]
+    # What is kept is loaded for the held-out items, not trained again; its history stays.
+    again = pipeline.run(Job(1, {"train.adapter": "lora"}, seed=0, split="holdout"))
+    assert again.metrics["epoch 3"] == epochs[-1]
+    adapter, out = tmp_path / "run" / "adapters" / "trial0001", tmp_path / "out"
+    copy_of(spec.genome, out, "a card")
+    fuse(out, adapter)
+    auto = "AutoModelForSeq2SeqLM" if kind == "t5" else "AutoModelForSequenceClassification"
+    fused = getattr(transformers, auto).from_pretrained(out).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    given = {"input_ids": ids, "decoder_input_ids": ids} if kind == "t5" else {"input_ids": ids}
+    with (
+        pipeline._candidate(Job(1, {"train.adapter": "lora"}, seed=0), recipe),
+        torch.no_grad(),
+    ):
+        wanted = pipeline._merger.model(**given).logits
+        torch.testing.assert_close(fused(**given).logits, wanted, atol=1e-4, rtol=0)
+    if kind == "gpt2":
+        assert fused.config.id2label == {0: "Berlin", 1: "Paris", 2: "iron"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ["rouge1"]}, r"`tasks` names rouge1, which a model with `train.head: classification`"),
+        ({"tasks": ["arc_easy"]}, r"`tasks` names arc_easy, which a model with `train.head: classificat"),
+        ({"genome": {"models": ["a", "b"]}}, r"`train.head` must be lm where models are merged"),
+    ],
+)
+def test_what_a_head_cannot_do_is_refused_in_the_genome(change: dict[str, Any], message: str) -> None:
+    data = {
+        "genome": {"models": ["m"]},
+        "tasks": ["accuracy"],
+        "train": {"data": "f", "head": "classification", "rank": {"int": [1, 4]}},
+    }
+    with pytest.raises(ValueError, match=message):
+        Genome.model_validate({**data, **change})
+
+
+def test_a_model_with_an_adapter_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    from llmevo.genome import MergeSpec
+    from llmevo.merge import Loaded
+
+    folder = saved("t5", tmp_path / "model", tokenizer)
+    wrapped = peft.get_peft_model(
+        make("t5", len(tokenizer)), peft.LoraConfig(r=2, target_modules=["q"], task_type="SEQ_2_SEQ_LM")
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    spec = MergeSpec(models=[f"{folder}+{tmp_path / 'adapter'}"], dtype="float32")
+    with pytest.raises(GenomeError, match=r"must not have an adapter in .* where a head or an encoder"):
+        Loaded(spec, "lm", seed=0, device="cpu", dtype="float32")
