@@ -194,10 +194,10 @@ class Trainer:
             if start is not None:
                 inherit(adapter, start)
             training = Training(self._forward, adapter, examples, settings, order, steps)
-            tick = self._history(training, steps) if self._spec.each_epoch else None
+            told = self._history(training, steps, tick) if self._spec.each_epoch else tick
             state = None if folder is None else _state(folder, key)
             try:
-                training.run(self._model, state, tick, until=end)
+                training.run(self._model, state, told, until=end)
             finally:
                 self.reached = tokens_of(steps[: len(training.losses)])
             parameters = adapter.parameters().values()
@@ -275,8 +275,10 @@ class Trainer:
             truncated = truncated if share is None else share
         return {name: found[name] for name in names}, truncated
 
-    def _history(self, training: Training, steps: list[Step]) -> Callable[[int], None]:
-        """What to do after a step: where an epoch ends in it, measure the model and note it."""
+    def _history(
+        self, training: Training, steps: list[Step], tick: Callable[[int], None] | None
+    ) -> Callable[[int], None]:
+        """What to do after a step: `tick`, and where an epoch ends in it, measure the model and note it."""
         count, seen = len(self._data.parts["train"]), 0
         ends: dict[int, float] = {}
         for number, step in enumerate(steps):
@@ -284,7 +286,9 @@ class Trainer:
                 ends[number] = (seen + len(step)) / count
             seen += len(step)
 
-        def tick(step: int) -> None:
+        def told(step: int) -> None:
+            if tick is not None:
+                tick(step)
             if step not in ends:
                 return
             self._model.eval()
@@ -295,7 +299,7 @@ class Trainer:
                 values["truncated"] = truncated
             training.history.append({"epochs": ends[step], **values})
 
-        return tick
+        return told
 
 
 def _kind(spec: TrainSpec, model: Any) -> Kind:
