@@ -197,3 +197,26 @@ def test_quickstart_runs_to_the_end_and_again(tmp_path: Path, smollm2: Path) -> 
     assert again.returncode == 0, again.stderr[-3000:]
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     assert "expert is there already" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compare_adapters_draws_both_models(example, tmp_path: Path) -> None:
+    done = run("examples/compare_adapters.py", "--smoke", "--folder", str(tmp_path), timeout=1000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    header, *lines = done.stdout.splitlines()
+    assert header.split() == ["model", "adapter", "lr", "loss", "ROUGE-L", "BLEU"]
+    assert {tuple(line.split()[:2]) for line in lines} >= {(m, "none") for m in ("GPT-2", "T5")}
+    assert (tmp_path / "runs" / "compare.png").stat().st_size > 10_000
+    history = example("compare_adapters").curves(tmp_path / "runs" / "compare-t5")
+    assert [epoch["epochs"] for epoch in history["lora"]] == [0, 1, 2]
+    assert history["lora"][2]["validation_loss"] < history["no adapter"][2]["validation_loss"]
+
+
+def test_dates_to_compare_on_have_no_date_in_two_parts(example) -> None:
+    module = example("compare_adapters")
+    rows = module.rows(module.NEW, 720, 1)
+    assert len({row["prompt"].split()[1] for row in rows}) == 720
+    assert {"prompt": "it 2024-03-05 2:", "completion": " martedì 5 marzo 2024"} in module.rows(
+        ["it"], 40 * 365, 0
+    )

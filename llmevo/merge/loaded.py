@@ -71,6 +71,8 @@ class Loaded:
             "device": str(self._device),
             "models": {},
             "merged": held,
+            "staging": 0,
+            "ranks": 0,
             "needed": held,
             "available": memory.available(self._device),
         }

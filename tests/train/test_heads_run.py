@@ -17,6 +17,7 @@ from llmevo.errors import GenomeError  # noqa: E402
 from llmevo.genome import Genome  # noqa: E402
 from llmevo.merge import copy_of  # noqa: E402
 from llmevo.pipeline import Job, MergePipeline  # noqa: E402
+from llmevo.runner import facts  # noqa: E402
 from llmevo.train.fuse import fuse  # noqa: E402
 
 
@@ -71,6 +72,8 @@ def test_a_trial_is_measured_after_each_epoch_and_exported(
     spec = genome(folder, data, tmp_path / "run", head=head, each_epoch=True, epochs=3, tasks=tasks)
     pipeline = MergePipeline(spec)
     recipe = {"merge_method": "passthrough", "models": [{"model": str(folder)}], "dtype": "float32"}
+    shown = facts.lines(pipeline.describe(), None)
+    assert any(line.startswith("memory: resident on cpu, the merged model") for line in shown)
     plain = pipeline.run(Job(0, {}, seed=0, recipe=recipe))
     outcome = pipeline.run(Job(1, {"train.adapter": "lora"}, seed=0))
     assert plain.error is None is outcome.error
