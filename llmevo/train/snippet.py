@@ -32,6 +32,11 @@ quantization = BitsAndBytesConfig(
 # model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16, quantization_config=quantization)
 # The adapter that was trained here: PeftModel.from_pretrained(model, "best/adapter")"""
 _PAGED = "paged_adamw_8bit"
+_ARGUMENTS = {
+    "CAUSAL_LM": ("trl", "SFTConfig"),
+    "SEQ_2_SEQ_LM": ("transformers", "Seq2SeqTrainingArguments"),
+    "SEQ_CLS": ("transformers", "TrainingArguments"),
+}
 _PLAIN = {  # the configuration's name in peft, and the fields that we set
     "randlora": ("RandLora", ("r", "randlora_alpha", "randlora_dropout", "projection_prng_key")),
     "shira": ("Shira", ("r", "random_seed")),
@@ -45,7 +50,7 @@ _PLAIN = {  # the configuration's name in peft, and the fields that we set
 
 
 def snippet(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, longest: int | None) -> str:
-    """Python that makes `peft_config` and TRL's `args`.
+    """Python that makes `peft_config` and `args`: TRL's, or transformers' for what is no causal model.
 
     Args:
         settings: The hyperparameters.
@@ -53,7 +58,7 @@ def snippet(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
         steps: Optimizer steps of the training, of which the warm-up is a share.
         longest: Longest example in tokens; None for the model's context.
     """
-    parts = [_peft(settings, adapter, steps), _trl(settings, steps, longest)]
+    parts = [_peft(settings, adapter, steps), _arguments(settings, adapter["task_type"], steps, longest)]
     if settings.adapter == "loraplus":
         parts.append(
             "# LoRA+: pass `optimizers=(optimizer, None)` to the trainer, with\n"
@@ -162,12 +167,12 @@ def _peft(settings: TrainSettings, adapter: Mapping[str, Any], steps: int) -> st
         given |= {"lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
     elif settings.adapter != "ia3":
         given |= methods.lora_fields(settings)
-    given["task_type"] = "CAUSAL_LM"
+    given["task_type"] = adapter["task_type"]
     name = name or "LoraConfig"
     return f"from peft import {name}\n\npeft_config = {_call(name, given)}"
 
 
-def _trl(settings: TrainSettings, steps: int, longest: int | None) -> str:
+def _arguments(settings: TrainSettings, task: str, steps: int, longest: int | None) -> str:
     course = _schedule(settings, steps)
     given: dict[str, Any] = {
         "output_dir": "trained",
@@ -181,12 +186,13 @@ def _trl(settings: TrainSettings, steps: int, longest: int | None) -> str:
         "gradient_accumulation_steps": settings.accumulation,
         "gradient_checkpointing": settings.checkpointing,
         **_length(settings, steps, "num_train_epochs"),
-        "max_length": longest,
-        "packing": False,
     }
+    library, kind = _ARGUMENTS[task]
+    if library == "trl":
+        given |= {"max_length": longest, "packing": False}
     if settings.adapter == "qlora":
         given["optim"] = _PAGED
-    return f"from trl import SFTConfig\n\nargs = {_call('SFTConfig', given)}"
+    return f"from {library} import {kind}\n\nargs = {_call(kind, given)}"
 
 
 def _call(name: str, given: Mapping[str, Any]) -> str:

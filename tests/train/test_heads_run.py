@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llmevo.merge import copy_of  # noqa: E402
 from llmevo.pipeline import Job, MergePipeline  # noqa: E402
 from llmevo.runner import facts  # noqa: E402
 from llmevo.train.fuse import fuse  # noqa: E402
+from llmevo.train.snippet import snippet  # noqa: E402
 
 
 def genome(folder: Path, data: str, run: Path, **train: Any) -> Genome:
@@ -56,6 +58,7 @@ def saved(kind: str, folder: Path, tokenizer: Any) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # its name yet
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_a_trial_is_measured_after_each_epoch_and_exported(
     kind: str,
@@ -101,6 +104,11 @@ def test_a_trial_is_measured_after_each_epoch_and_exported(
     ):
         wanted = pipeline._merger.model(**given).logits
         torch.testing.assert_close(fused(**given).logits, wanted, atol=1e-4, rtol=0)
+    made: dict[str, Any] = {}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    exec(snippet(spec.train.settings({"train.adapter": "lora"}), config, 18, None), made)
+    assert made["peft_config"].task_type == config["task_type"]
+    assert (made["args"].num_train_epochs, made["args"].learning_rate) == (3, 1e-2)
     if kind == "gpt2":
         assert fused.config.id2label == {0: "Berlin", 1: "Paris", 2: "iron"}
 
