@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from llmevo.pipeline import Job, Outcome
 
@@ -30,4 +31,13 @@ class Executor(Protocol):
 
     def shutdown(self, cancel: bool = False) -> None:
         """Release the workers; with `cancel`, do not wait for jobs in flight."""
+        ...
+
+
+@runtime_checkable
+class GroupExecutor(Executor, Protocol):
+    """An executor that can give one worker several jobs, which it may train together."""
+
+    def submit_together(self, jobs: Sequence[Job]) -> list[Future[Outcome]]:
+        """Queue jobs for one worker; their futures, in the same order."""
         ...

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, final
 
-from llmevo.executors import Executor
+from llmevo.executors import Executor, GroupExecutor
 from llmevo.executors.local import LocalExecutor
 from llmevo.genome import Genome
 from llmevo.pipeline import Job, Outcome, Split
@@ -115,16 +115,16 @@ class Workers:
             GenomeError: As `facts`; StoreError and Interrupted too.
         """
         facts, executor = self.facts(), self.start()
-        local = executor if isinstance(executor, LocalExecutor) else None
-        most = 1 if local is None else facts.get("train", {}).get("together", 1)
+        together = executor if isinstance(executor, GroupExecutor) else None
+        most = 1 if together is None else facts.get("train", {}).get("together", 1)
         waiting, flying = deque(jobs), dict[Future[Outcome], int]()
-        seats: dict[Future[Outcome], int] = {}
+        groups: dict[Future[Outcome], Future[Outcome]] = {}  # the first of each one's group
         while waiting or flying:
-            while waiting and len({seats[f] for f in flying}) < executor.workers and self._may(waiting[0]):
+            while waiting and len({groups[f] for f in flying}) < executor.workers and self._may(waiting[0]):
                 group = self._next(waiting, most)
-                futures = [executor.submit(group[0])] if local is None else local.submit_together(group)
+                futures = [executor.submit(group[0])] if together is None else together.submit_together(group)
                 for future, job in zip(futures, group, strict=True):
-                    flying[future], seats[future] = job.number, group[0].number
+                    flying[future], groups[future] = job.number, futures[0]
             if not flying:
                 break
             done, _ = wait(flying, timeout=_POLL, return_when=FIRST_COMPLETED)
