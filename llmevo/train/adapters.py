@@ -232,13 +232,18 @@ class Adapter:
 
     def _folded(self) -> dict[str, torch.Tensor]:
         """AdaLoRA's factors with its singular values and scale in A: those of a LoRA of scale 1."""
+        from peft.utils import AuxiliaryTrainingWrapper
+
         state = {}
         for key, module in self._peft.named_modules():
             if hasattr(module, "lora_E") and self.name in module.lora_E:
                 scale = module.scaling[self.name] / (module.ranknum[self.name] + 1e-5)
                 state[f"{key}.lora_A.weight"] = module.lora_A[self.name] * module.lora_E[self.name] * scale
                 state[f"{key}.lora_B.weight"] = module.lora_B[self.name]
-        return {**state, **{key: tensor for key, tensor in self._state().items() if ".lora_" not in key}}
+            elif isinstance(module, AuxiliaryTrainingWrapper):  # a head
+                head = module.modules_to_save[self.name].named_parameters()
+                state |= {f"{key}.{part}": parameter for part, parameter in head}
+        return state
 
     def save(self, folder: Path) -> int:
         """Write `adapter_config.json` and `adapter_model.safetensors`, which plain peft loads.
