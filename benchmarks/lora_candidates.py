@@ -11,6 +11,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import lzma
 import os
 import sys
 import time
@@ -108,11 +109,14 @@ class Store:
 
     Args:
         path: The file; made with the first line.
+        packed: A compressed one that it adds to.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, packed: Path | None = None) -> None:
         self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        known = packed is not None and packed.is_file()
+        lines = lzma.decompress(packed.read_bytes()).decode().splitlines() if packed and known else []
+        lines += path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         self.records = read_lines(lines)
 
     def add(self, record: Record) -> Record:

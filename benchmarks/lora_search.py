@@ -22,10 +22,11 @@ hybrid+smollm2 the same with SmolLM2-135M-Instruct as the guest
 from __future__ import annotations
 
 import argparse
+import json
 import lzma
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from arms import Optuna as OptunaSearch
 from arms import Ours, Search
-from lora_candidates import ROOT, Candidates, Record, Store, mean, read_lines
+from lora_candidates import ROOT, Candidates, Record, Store, mean
 
 from llmevo.proposers import make
 from llmevo.space import Params, Space
@@ -41,7 +42,7 @@ from llmevo.trial import Score
 
 RESULTS = ROOT / "benchmarks" / "results"
 STORE = ROOT / ".cache" / "lora-search.jsonl"
-PACKED = "lora-search.jsonl.xz"
+PACKED = RESULTS / "lora-search.jsonl.xz"
 TRAININGS = 9
 SEEDS = 5
 BATCH = 4
@@ -75,7 +76,8 @@ OURS: dict[str, Make] = {
     "hybrid+smollm2": _smollm2,
 }
 ALONE = ("default", "default again", "default long")
-ARMS = (*ALONE, "random", "optuna-tpe", "cma", "ga", "hybrid+placebo", "hybrid+smollm2")
+SEARCHES = ("random", "optuna-tpe", "cma", "ga", "hybrid+placebo", "hybrid+smollm2")
+ARMS = (*ALONE, *SEARCHES)
 
 
 def begin(arm: str, space: Space, seed: int) -> tuple[Search, int]:
@@ -145,9 +147,9 @@ def _score(record: Record) -> Score:
 
 
 def sweep(arms: Sequence[str], seeds: Sequence[int], store: Store, candidates: Candidates) -> None:
-    """Make every run that is not stored yet, all arms of a seed before the next seed."""
-    for seed in seeds:
-        for arm in arms:
+    """Make every run that is not stored yet, an arm with all its seeds before the next arm."""
+    for arm in arms:
+        for seed in seeds:
             if f"{arm}/{seed}" not in store.records:
                 made = store.add(run(arm, seed, candidates))
                 losses = store.records.get(made["best"] or "", {})
@@ -155,22 +157,11 @@ def sweep(arms: Sequence[str], seeds: Sequence[int], store: Store, candidates: C
                 print(made["key"], shown, f"{made['seconds']} s", flush=True)
 
 
-def stored(results: Path = RESULTS, path: Path = STORE) -> dict[str, Record]:
-    """Candidates and runs by key: those of the repository, and over them this machine's own."""
-    packed = results / PACKED
-    lines = lzma.decompress(packed.read_bytes()).decode().splitlines() if packed.is_file() else []
-    return read_lines(lines) | Store(path).records
-
-
-def pack(results: Path = RESULTS, path: Path = STORE) -> Path:
+def pack(records: Mapping[str, Record], path: Path = PACKED) -> Path:
     """Write what is stored into one small file."""
-    import json
-
-    records = stored(results, path)
     text = "".join(json.dumps(records[key], separators=(",", ":")) + "\n" for key in sorted(records))
-    packed = results / PACKED
-    packed.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
-    return packed
+    path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -185,15 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown = set(arms) - set(ARMS)
     if unknown:
         parser.error(f"no such arm: {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    store = Store(STORE, PACKED)
     if not (options.report or options.pack):
-        store = Store(STORE)
         sweep(arms, range(options.seeds), store, Candidates(store))
     if options.pack:
-        print(pack())
+        print(pack(store.records))
     if options.report:
         from lora_analysis import report
 
-        print(report(stored(), RESULTS))
+        print(report(store.records, RESULTS))
 
 
 if __name__ == "__main__":

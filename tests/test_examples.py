@@ -145,6 +145,7 @@ def test_lora_search_data_have_no_topic_in_two_parts(
 @pytest.mark.timeout(1200)
 def test_lora_search_finds_settings_and_leaves_an_adapter(tmp_path: Path, smollm2: Path) -> None:
     from peft import PeftConfig
+    from safetensors.torch import load_file
 
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
@@ -152,8 +153,11 @@ def test_lora_search_finds_settings_and_leaves_an_adapter(tmp_path: Path, smollm
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the default settings" in " ".join(done.stdout.split())
     assert "SFTConfig(" in done.stdout
-    made = PeftConfig.from_pretrained(tmp_path / "runs/lora-smollm2/best/adapter")
-    assert made.base_model_name_or_path == ".cache/smollm2"
+    assert "\nlora_r: " in done.stdout
+    best = tmp_path / "runs/lora-smollm2/best"
+    assert PeftConfig.from_pretrained(best / "adapter").base_model_name_or_path == ".cache/smollm2"
+    merged = load_file(best / "merged" / "model.safetensors")
+    assert merged.keys() == load_file(smollm2 / "model.safetensors").keys()
 
 
 def test_eln_corpora_share_no_document_and_no_passage(example) -> None:

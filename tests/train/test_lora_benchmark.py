@@ -145,6 +145,8 @@ def test_what_is_stored_is_not_trained_again(bench: Any, tmp_path: Path) -> None
         file.write('{"key": "cma/1", "ar')  # the machine went down
     again = candidates.Store(tmp_path / "lora.jsonl")
     assert again.records == store.records
+    packed = search.pack(again.records, tmp_path / "packed.jsonl.xz")
+    assert candidates.Store(tmp_path / "none.jsonl", packed).records == store.records
     search.sweep(["cma"], [0], again, None)  # nothing is left to do for candidates
 
 
