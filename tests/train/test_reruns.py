@@ -15,19 +15,15 @@ pytest.importorskip("lm_eval")
 
 from test_run import InProcess, searched  # noqa: E402
 from test_run import data as data  # noqa: E402
-from test_token_rungs import Killed, Mortal, without_clock  # noqa: E402
+from test_token_rungs import died_and_went_on, without_clock  # noqa: E402
 
-from llmevo import genome as genomes  # noqa: E402
-from llmevo import runner  # noqa: E402
 from llmevo.cli import console  # noqa: E402
-from llmevo.cli.display import NoDisplay  # noqa: E402
 from llmevo.genome import Genome  # noqa: E402
 from llmevo.pipeline import Outcome, training_seed  # noqa: E402
 from llmevo.report import findings  # noqa: E402
 from llmevo.runner import reruns  # noqa: E402
 from llmevo.stats import paired_over_seeds  # noqa: E402
 from llmevo.store import DATABASE, Store  # noqa: E402
-from llmevo.train.loop import Training  # noqa: E402
 from llmevo.trial import Score, State, Trial  # noqa: E402
 
 TRAIN = {
@@ -144,15 +140,8 @@ def test_a_run_that_dies_at_its_end_comes_to_the_same_end(
     monkeypatch: pytest.MonkeyPatch,
     fatal: int,
 ) -> None:
-    steps: list[int] = []
-    step = Training._step
-    monkeypatch.setattr(Training, "_step", lambda self, number: steps.append(number) or step(self, number))
     run_dir = tmp_path / "run"
-    mortal = Mortal(InProcess(genome, run_dir), fatal)
-    with pytest.raises(Killed):
-        runner.run(genome, genomes.dump(genome), run_dir, observer=NoDisplay(), executor=mortal)
-    searched(genome, run_dir)
-    assert len(steps) == 10 * 4  # nothing is trained twice
+    assert died_and_went_on(genome, run_dir, fatal, monkeypatch) == 10 * 4  # nothing is trained twice
     assert without_clock(run_dir) == without_clock(finished[0])
     ours, theirs = findings.load(run_dir).summary.table, findings.load(finished[0]).summary.table
     assert [(r.label, r.score, r.interval, r.p_value) for r in ours] == [

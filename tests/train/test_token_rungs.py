@@ -172,6 +172,18 @@ class Mortal:
         """There is nothing to end."""
 
 
+def died_and_went_on(genome: Genome, run_dir: Path, fatal: int, patch: pytest.MonkeyPatch) -> int:
+    """Run until the `fatal`-th job, which is lost, and again to the end; return the steps that were done."""
+    steps: list[int] = []
+    step = Training._step
+    patch.setattr(Training, "_step", lambda self, number: steps.append(number) or step(self, number))
+    mortal = Mortal(InProcess(genome, run_dir), fatal)
+    with pytest.raises(Killed):
+        runner.run(genome, genomes.dump(genome), run_dir, observer=NoDisplay(), executor=mortal)
+    searched(genome, run_dir)
+    return len(steps)
+
+
 @pytest.mark.parametrize(
     "fatal", [9, *(pytest.param(job, marks=pytest.mark.slow) for job in (3, 8, 10, 11, 12))]
 )
@@ -182,18 +194,12 @@ def test_a_run_that_dies_in_a_rung_ends_as_one_that_does_not(
     monkeypatch: pytest.MonkeyPatch,
     fatal: int,
 ) -> None:
-    steps: list[int] = []
-    step = Training._step
-    monkeypatch.setattr(Training, "_step", lambda self, number: steps.append(number) or step(self, number))
     run_dir = tmp_path / "run"
-    mortal = Mortal(InProcess(halved, run_dir), fatal)
-    with pytest.raises(Killed):
-        runner.run(halved, genomes.dump(halved), run_dir, observer=NoDisplay(), executor=mortal)
-    searched(halved, run_dir)
+    steps = died_and_went_on(halved, run_dir, fatal, monkeypatch)
     assert without_clock(run_dir) == without_clock(finished[0])
     with Store.open(run_dir, readonly=True) as ours, Store.open(finished[0], readonly=True) as theirs:
         assert [row.score for row in ours.holdout()] == [row.score for row in theirs.holdout()]
-    assert len(steps) == 20 + 6 * 2 + 2 * 4 + 14  # what was trained before the death is not trained again
+    assert steps == 20 + 6 * 2 + 2 * 4 + 14  # what was trained before the death is not trained again
 
 
 def test_merge_then_train_with_rungs_by_the_loss_and_the_task_at_the_end(
