@@ -250,7 +250,8 @@ class Trainer:
     def _key(self, settings: TrainSettings, base: str, seed: int, start: Start | None) -> str:
         content = json.dumps([base, asdict(settings), seed, self._facts["fingerprint"]])
         if start is not None:
-            parents = [[_content(folder).get("key"), weight] for folder, weight in start.parents]
+            # By their names: a parent may be deleted before its child is scored on the held-out items.
+            parents = [[folder.name, weight] for folder, weight in start.parents]
             content += json.dumps([parents, start.noise, start.seed, start.generation])
         return hashlib.sha256(content.encode()).hexdigest()
 

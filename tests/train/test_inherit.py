@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from llmevo.pipeline import Job, MergePipeline  # noqa: E402
 from llmevo.proposers.population import SKETCH, Survivors, distance, notes  # noqa: E402
 from llmevo.runner import finals, opening  # noqa: E402
 from llmevo.store import Store  # noqa: E402
-from llmevo.train import Start, Trainer, adapters, combine, methods  # noqa: E402
+from llmevo.train import Start, Trained, Trainer, adapters, combine, methods  # noqa: E402
 from llmevo.train.inherit import changes, fingerprint, inherit  # noqa: E402
 from llmevo.train.products import Product  # noqa: E402
 from llmevo.trial import Trial  # noqa: E402
@@ -108,6 +109,27 @@ def test_noise_is_as_large_as_the_strength_says_and_follows_from_its_seed(
 def test_a_parent_that_is_gone_is_one_line(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="a parent's adapter is of no use"):
         started(tiny, Start(((tmp_path / "gone", 1.0),)))
+
+
+def test_a_child_that_is_kept_needs_its_parents_no_more(
+    tiny: Any, tokenizer: Any, make_spec: Callable[..., Any], parents: list[Path], tmp_path: Path
+) -> None:
+    spec = make_spec(**SETTINGS)
+    trainer = Trainer(spec, tiny, tokenizer, seed=0)
+    start = Start(((parents[0], 0.5), (parents[1], 0.5)), 0.1, seed=3, generation=1)
+
+    def child(folder: Path) -> tuple[Trained, list[float]]:
+        with trainer.candidate(spec.settings({}), 5, "base", folder, start=start) as trained:
+            return trained, trainer.losses("test")
+
+    known = child(tmp_path / "child")
+    for folder in parents:
+        shutil.rmtree(folder)
+    again = child(tmp_path / "child")
+    assert again[0] == known[0]
+    assert again[1] == pytest.approx(known[1], abs=1e-6)
+    with pytest.raises(StageError, match="a parent's adapter is of no use"):
+        child(tmp_path / "other")
 
 
 @pytest.fixture(scope="module")
