@@ -119,8 +119,9 @@ def test_the_table_says_ratio_target_and_disagreement(bench: Any) -> None:
         "ties 30 mergekit-evolve": {"1": row(1, 44.0, 0.6)},
     }
     text = bench.loop.report({"rows": rows, "starts": {name: [1.0] for name in rows}})
-    assert "| mergekit-evolve | 1 | 1.0 | 0.100 | 43.89 | 0.010 | 44.00 | 82 | 40.0 times faster |" in text
-    assert "PASS  40.0 times mergekit-evolve; wanted 30" in text
+    assert "| llmevo | 2 | 1.0 | 0.100 | 0.99 | 0.010 | 1.10 | 3273 | 40.0 |" in text
+    assert "| mergekit-evolve | 1 | 1.0 | 0.100 | 43.89 | 0.010 | 44.00 | 82 |  |" in text
+    assert "PASS  llmevo: 40.0 times mergekit-evolve; wanted 30" in text
     assert "mergekit-evolve: 3 of 30 answers" in text
 
 
