@@ -37,11 +37,8 @@ def show(
 ) -> None:
     """Show one trial: score, tasks, genes, recipe."""
     from llmevo.cli import console
-    from llmevo.report.findings import load
 
-    findings = load(run_path)
-    trial = _trial(findings, number)
-    recipe = _recipe(findings, trial)
+    findings, trial, recipe = _chosen(run_path, number)
     if as_json:
         say_json({**trial.to_json(), "recipe": recipe})
     else:
@@ -59,11 +56,9 @@ def best(
     """Print the best trial's recipe, a mergekit configuration, or its settings for peft and TRL."""
     from llmevo.cli import trained
     from llmevo.cli.console import scored
-    from llmevo.report.findings import load, trial_json
+    from llmevo.report.findings import trial_json
 
-    findings = load(run_path)
-    trial = _trial(findings, None)
-    recipe = _recipe(findings, trial)
+    findings, trial, recipe = _chosen(run_path, None)
     snippets = trained.snippets_of(findings, trial)
     if as_json:
         verdict = {"headline": findings.headline(), "verdict": findings.verdict()}
@@ -87,11 +82,8 @@ def export(
     """Write a trial's weights, tokenizer and a model card with the evidence."""
     from llmevo import merge
     from llmevo.cli import card, trained
-    from llmevo.report.findings import load
 
-    findings = load(run_path)
-    trial = _trial(findings, number)
-    recipe = _recipe(findings, trial)
+    findings, trial, recipe = _chosen(run_path, number)
     adapter = trained.adapter_of(findings, trial)
     text = card.render(findings, trial, _yaml(recipe), out.resolve().name)
     genome = findings.genome
@@ -136,6 +128,20 @@ def report(
         say(str(path))
 
 
+def _chosen(run_path: Path, number: int | None) -> tuple[Findings, Trial, dict[str, Any]]:
+    """A run, its trial `number` or the best, and that trial's mergekit configuration."""
+    from llmevo.report.findings import load
+
+    findings = load(run_path)
+    trial = _trial(findings, number)
+    recipe: dict[str, Any] | None = trial.attrs.get("recipe")
+    if recipe is None:
+        from llmevo.recipe import Recipes, num_layers
+
+        recipe = Recipes(findings.genome, num_layers(findings.genome)).recipe(trial.params)
+    return findings, trial, recipe
+
+
 def _trial(findings: Findings, number: int | None) -> Trial:
     """Trial `number`, or the best."""
     trials = findings.trials
@@ -146,16 +152,6 @@ def _trial(findings: Findings, number: int | None) -> Trial:
     if number >= len(trials):
         raise TrialError(f"`TRIAL` must be one of the run's 0 to {len(trials) - 1}, but got {number}.")
     return trials[number]
-
-
-def _recipe(findings: Findings, trial: Trial) -> dict[str, Any]:
-    """The mergekit configuration of a trial."""
-    known: dict[str, Any] | None = trial.attrs.get("recipe")
-    if known is not None:
-        return known
-    from llmevo.recipe import Recipes, num_layers
-
-    return Recipes(findings.genome, num_layers(findings.genome)).recipe(trial.params)
 
 
 def _yaml(recipe: dict[str, Any]) -> str:
