@@ -3,6 +3,7 @@
     python benchmarks/evaluation.py                    every workload, float32
     python benchmarks/evaluation.py --dtype bfloat16 --device cuda
     python benchmarks/evaluation.py --workloads arc hellaswag --items 16
+    python benchmarks/evaluation.py --float64          how far either side is from the exact answers
     python benchmarks/evaluation.py --report           the table of what is stored
 
 SmolLM2-135M, or `--model FOLDER`, answers made-up items with the lengths of real ones. Both sides get the
@@ -14,6 +15,8 @@ rate of a plain matrix product of the model's size is timed in between: what the
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import logging
 import os
@@ -150,6 +153,66 @@ def operations(model: Any, packing: Any) -> float:
     return 2.0 * (trunk * packing.computed + head.numel() * rows)
 
 
+def requests_of(lm: Any, made: list[Item]) -> list[Any]:
+    """lm-eval's requests for items: the two strings, and the tokens of each."""
+    return [
+        ((item.context, choice), *lm._encode_pair(item.context, choice))
+        for item in made
+        for choice in item.choices
+    ]
+
+
+def in_float64(model: Any) -> Any:
+    """A copy of a Llama-type model that computes in float64 all through.
+
+    transformers' RMSNorm rounds to float32 whatever the weights are, so it is replaced.
+    """
+    exact = copy.deepcopy(model).double()
+    for module in exact.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(
+                torch.nn.functional.rms_norm,
+                normalized_shape=tuple(module.weight.shape),
+                weight=module.weight,
+                eps=module.variance_epsilon,
+            )
+    return exact
+
+
+def errors(workload: str, model: Any, tokenizer: Any, count: int) -> dict[str, Any]:
+    """How far log-probabilities are from those in float64, and how often a greedy answer differs.
+
+    Returns:
+        For `packed` and `HFLM` (each request by itself): the largest error, the mean one, and greedy answers
+        that are others than in float64.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    from llmevo.evaluate.lm import ResidentLM
+
+    ours = ResidentLM(pretrained=model, tokenizer=tokenizer)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    requests = requests_of(ours, items(workload, count))
+    packing = ours.pack(requests)
+    if packing is None:
+        raise SystemExit(f"this model is not packed: {ours.why_not}")
+    answers = {
+        "packed": ours.answer(packing),
+        "HFLM": stock._loglikelihood_tokens(list(requests), disable_tqdm=True),
+    }
+    exact = HFLM(pretrained=in_float64(model), tokenizer=tokenizer, batch_size=1)
+    truth = exact._loglikelihood_tokens(list(requests), disable_tqdm=True)
+    found: dict[str, Any] = {"requests": len(requests)}
+    for side, given in answers.items():
+        off = [abs(one[0] - other[0]) for one, other in zip(given, truth, strict=True)]
+        found[side] = {
+            "largest": max(off),
+            "mean": statistics.fmean(off),
+            "greedy": sum(one[1] != other[1] for one, other in zip(given, truth, strict=True)),
+        }
+    return found
+
+
 def compare(
     workload: str, model: Any, tokenizer: Any, count: int, repeats: int, shown: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -161,11 +224,7 @@ def compare(
     ours = ResidentLM(pretrained=model, tokenizer=tokenizer)
     stock = HFLM(pretrained=model, tokenizer=tokenizer)
     made = items(workload, count)
-    requests = [
-        ((item.context, choice), *ours._encode_pair(item.context, choice))
-        for item in made
-        for choice in item.choices
-    ]
+    requests = requests_of(ours, made)
     part = requests[: 4 * _TRIED]
     tried, answered = {}, {}
     stock._loglikelihood_tokens(part[:4], disable_tqdm=True)
@@ -282,6 +341,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--model", type=Path, help="a folder with another model")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--float64", action="store_true", help="errors against float64; nothing is timed")
     parser.add_argument("--report", action="store_true", help="only print what is stored")
     args = parser.parse_args()
     stored = json.loads(args.results.read_text()) if args.results.exists() else {}
@@ -294,11 +354,15 @@ def main() -> None:
         for workload in args.workloads:
             print(TITLES[workload], flush=True)
             count = args.items or _ITEMS[workload]
+            if args.float64:
+                print(json.dumps(errors(workload, model, tokenizer, count)), flush=True)
+                continue
             result = compare(workload, model, tokenizer, count, args.repeats, lambda s: print(s, flush=True))
             stored.setdefault(machine(model), {})[workload] = result
             args.results.parent.mkdir(parents=True, exist_ok=True)
             args.results.write_text(json.dumps(stored, indent=1) + "\n")
-    print(report(stored))
+    if not args.float64:
+        print(report(stored))
 
 
 if __name__ == "__main__":

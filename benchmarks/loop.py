@@ -2,7 +2,7 @@
 
     python benchmarks/evolve/setup.py                mergekit-evolve's environment, once
     python benchmarks/loop.py                        every block that is not stored yet, then the report
-    python benchmarks/loop.py --methods ties --systems llmevo "command line" --blocks 1
+    python benchmarks/loop.py --methods ties --systems llmevo "command line" --blocks 2
     python benchmarks/loop.py --compare              weights and float32 scores, by the merges that were kept
     python benchmarks/loop.py --limits               where llmevo's seconds go, and the machine's own speed
     python benchmarks/loop.py --report               the tables from what is stored
@@ -31,8 +31,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FILE = "loop.json"
 METHODS = ("linear", "ties")
 PER_BLOCK = {  # candidates; others 2
-    "llmevo": 5,
-    "llmevo, own dtype": 5,
     "llmevo, as it comes": 10,
     "llmevo, exact": 1,
     "mergekit-evolve, 1 thread": 1,
@@ -177,7 +175,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=loop_data.METHODS, default=list(METHODS))
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument(
-        "--blocks", type=int, default=2, help="of each system; 5 candidates of llmevo in each"
+        "--blocks", type=int, default=5, help="of each system; 2 candidates in each, 10 as it comes"
     )
     parser.add_argument("--items", type=int, default=150, help="questions, over three tasks")
     parser.add_argument("--threads", type=int, default=2)
@@ -191,7 +189,7 @@ def main() -> None:
     prefix = tuple(shlex.split(options.prefix))
     for method in [] if options.report else options.methods:
         setting = Setting(method, options.items, options.threads, options.evolve, prefix)
-        setting.paths.update(loop_data.prepare(method, 1 + 5 * max(options.blocks, 2), options.items))
+        setting.paths.update(loop_data.prepare(method, 1 + 2 * options.blocks, options.items))
         if options.compare or options.limits:
             import loop_limits
 

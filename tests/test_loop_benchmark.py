@@ -87,9 +87,10 @@ def test_sums_have_one_right_answer(bench: Any) -> None:
 
 
 def test_blocks_take_turns_and_repeat_no_candidate(bench: Any) -> None:
-    order = list(bench.loop.blocks(["llmevo", "command line"], 2))
-    assert [system for system, _ in order] == ["llmevo", "command line"] * 2
-    assert order[0][1] + order[2][1] == list(range(1, 11))
+    systems = ["llmevo, as it comes", "command line"]
+    order = list(bench.loop.blocks(systems, 2))
+    assert [system for system, _ in order] == systems * 2
+    assert order[0][1] + order[2][1] == list(range(1, 21))
     assert order[1][1] + order[3][1] == [1, 2, 3, 4]
 
 

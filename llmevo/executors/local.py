@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from typing import Any, final
 
 from llmevo.errors import GenomeError
+from llmevo.executors.heap import keep_freed_blocks
 from llmevo.genome import Genome
 from llmevo.pipeline import Job, MergePipeline, Outcome, Pipeline
 
@@ -268,6 +269,7 @@ def _work(
         os.environ["OMP_NUM_THREADS"] = str(threads)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
+    keep_freed_blocks()
     try:
         pipeline = make(genome)
         facts = pipeline.describe()
