@@ -15,7 +15,6 @@ import datetime
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+from quickstart import llmevo, say
+
 ROOT = Path(__file__).resolve().parent.parent
 GENOME = ROOT / "genomes" / "compare-adapters.yaml"
 KNOWN = ("en", "fr", "es", "sv", "pl", "pt")  # what the models learn first
@@ -33,11 +34,6 @@ MODELS = {"gpt2": "GPT-2", "t5": "T5"}
 METRICS = {"validation_loss": "loss (nats per token)", "rougeL": "ROUGE-L", "bleu": "BLEU"}
 SIZES = {"train": 480, "validation": 90, "test": 150}
 SMOKE = ("train.epochs=2", "search.trials=4", "evaluate.finalists=2")
-
-
-def say(what: str, line: str) -> None:
-    """A line of progress; stdout is kept for the results."""
-    print(f"{what:11}{line}", file=sys.stderr, flush=True)
 
 
 def rows(locales: Sequence[str], count: int, seed: int) -> list[dict[str, str]]:
@@ -142,13 +138,6 @@ def prepare(cache: Path, smoke: bool) -> None:
             pretrain(kind, cache / kind, tokenizer, known, 20 if smoke else 500)
 
 
-def llmevo(arguments: Sequence[str], folder: Path) -> int:
-    """Run the llmevo command as a user would; return its exit code."""
-    say("$", " ".join(["llmevo", *arguments]))
-    command = [Path(sys.executable).with_name("llmevo"), *arguments]
-    return subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode
-
-
 def curves(run_dir: Path) -> dict[str, list[dict[str, float]]]:
     """What was measured after 0, 1, 2, ... epochs: of each adapter the trial with the lowest last loss."""
     from llmevo.store import Store
@@ -228,7 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
     for kind, run_dir in zip(MODELS, runs.values(), strict=True):
         overrides = [f"genome.models=[.cache/compare/{kind}]", *(SMOKE if options.smoke else ())]
         settings = [part for override in overrides for part in ("--set", override)]
-        code = llmevo(["run", str(GENOME), "--run-dir", str(run_dir.relative_to(folder)), *settings], folder)
+        where = str(run_dir.relative_to(folder))
+        code = llmevo("run", str(GENOME), "--run-dir", where, *settings, folder=folder, shown=False)
         if code:
             return code
     draw(runs, folder / "runs" / "compare.png")

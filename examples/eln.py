@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,17 +24,14 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+from quickstart import llmevo, say
+
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "runs/eln"
 FULL = {"train": 24, "validation": 12, "test": 40, "general": 8, "general_test": 30}
 SMALL = {**dict.fromkeys(FULL, 4), "train": 16}
 SMOKE = ("search.trials=5", "search.population=2", "train.epochs=0.2")
 _SHORTEST = 240  # characters of a passage
-
-
-def say(what: str, line: str) -> None:
-    """A line of progress; stdout is kept for the results."""
-    print(f"{what:13}{line}", file=sys.stderr, flush=True)
 
 
 def passages(text: str, known: set[str]) -> list[str]:
@@ -100,14 +96,6 @@ def prepare(cache: Path, sizes: dict[str, int]) -> None:
         say(name, f"{len(texts)} passages ({texts[0][:50]}...)")
 
 
-def llmevo(arguments: Sequence[str], folder: Path) -> None:
-    """Run the llmevo command as a user would; leave with its exit code if it fails."""
-    say("$", " ".join(["llmevo", *arguments]))
-    code = subprocess.run([Path(sys.executable).with_name("llmevo"), *arguments], cwd=folder).returncode
-    if code:
-        sys.exit(code)
-
-
 def trained(run_dir: Path) -> int:
     """On how many tokens the proposer's trials were trained."""
     from llmevo.report.findings import load
@@ -129,7 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     smoke = [part for override in SMOKE if options.smoke for part in ("--set", override)]
     # Ctrl-C goes to both processes: llmevo saves and says how to go on, and this one waits for it.
     signal.signal(signal.SIGINT, lambda *_: None)
-    llmevo(["run", shown, "--run-dir", RUN, *smoke], folder)
+    code = llmevo("run", shown, "--run-dir", RUN, *smoke, folder=folder)
+    if code != 0:
+        return code
     tokens = trained(folder / RUN)
     say("budget", f"{tokens} tokens, for the others too")
     others = {
@@ -138,10 +128,11 @@ def main(arguments: list[str] | None = None) -> int:
     }
     others["single"] += ["--set", f"train.tokens={tokens}"]
     for name, settings in others.items():
-        llmevo(["run", shown, "--run-dir", f"{RUN}-{name}", *smoke, *settings], folder)
+        code = llmevo("run", shown, "--run-dir", f"{RUN}-{name}", *smoke, *settings, folder=folder)
+        if code != 0:
+            return code
     beside = [part for name in others for part in ("--beside", f"{RUN}-{name}")]
-    llmevo(["report", RUN, *beside], folder)
-    return 0
+    return llmevo("report", RUN, *beside, folder=folder)
 
 
 if __name__ == "__main__":

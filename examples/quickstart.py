@@ -56,7 +56,7 @@ SMOKE = Size(train=32, asked=16, overrides=("search.trials=10", "search.warmup=1
 
 def say(what: str, line: str) -> None:
     """A line of progress; stdout is kept for the results."""
-    print(f"{what:11}{line}", file=sys.stderr, flush=True)
+    print(f"{what:10} {line}", file=sys.stderr, flush=True)
 
 
 def prepare(cache: Path, size: Size) -> None:
@@ -95,10 +95,11 @@ def progress(step: int, steps: int, loss: float) -> None:
         say("", f"step {step} of {steps}, loss {loss:.2f}")
 
 
-def llmevo(*arguments: str, folder: Path) -> int:
-    """Run the llmevo command as a user would; return its exit code."""
+def llmevo(*arguments: str, folder: Path, shown: bool = True) -> int:
+    """Run the llmevo command as a user would, its results shown or not; return its exit code."""
     say("$", " ".join(["llmevo", *arguments]))
-    return subprocess.run([Path(sys.executable).with_name("llmevo"), *arguments], cwd=folder).returncode
+    command = [Path(sys.executable).with_name("llmevo"), *arguments]
+    return subprocess.run(command, cwd=folder, stdout=None if shown else subprocess.DEVNULL).returncode
 
 
 def main(arguments: list[str] | None = None) -> int:

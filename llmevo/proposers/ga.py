@@ -8,9 +8,8 @@ from typing import Any, final
 
 import numpy as np
 
-from llmevo.errors import ProposerError
 from llmevo.proposers import Direction
-from llmevo.proposers.operators import Operators
+from llmevo.proposers.operators import Operators, size_of
 from llmevo.proposers.settled import Settled
 from llmevo.space import Params, Space, Vector
 from llmevo.strength import OneFifth, Strength
@@ -51,11 +50,9 @@ class GA:
         population: int | None = None,
         strength: Strength | None = None,
     ) -> None:
-        if population is not None and population < 2:
-            raise ProposerError(f"`population >= 2` must hold for ga, but got {population!r}.")
         self.space = space
         self.direction: Direction = direction
-        self.population = population or _POPULATION
+        self.population = size_of(population, _POPULATION, "ga")
         self.strength: Strength = OneFifth() if strength is None else strength
         self._operators = Operators(space)
         self._genes = list(space.genes.values())
@@ -99,16 +96,7 @@ class GA:
         start = self.space.start()
         if self.space.key(start) not in seen:
             return start
-        spread = OneFifth().start
-
-        def near() -> Vector:
-            return self._operators.mutated(self.space.start_unit(), spread, rng, rate=1.0)
-
-        def anywhere() -> Vector:
-            return rng.random(len(self._genes))
-
-        draw = near if place % 2 else anywhere
-        return self._new((draw() for _ in range(_ATTEMPTS)), seen, rng)
+        return self._new((self._operators.first(place, rng) for _ in range(_ATTEMPTS)), seen, rng)
 
     def _child(
         self,

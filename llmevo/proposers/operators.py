@@ -6,8 +6,10 @@ from typing import final
 
 import numpy as np
 
+from llmevo.errors import ProposerError
 from llmevo.space import Categorical, Gene, Space, Vector
 
+_SPREAD = 0.2  # of a first generation around the start point, in the unit cube
 _BLEND = 0.5  # BLX-0.5: neither narrows nor widens a population on average
 
 
@@ -23,8 +25,15 @@ class Operators:
     """
 
     def __init__(self, space: Space) -> None:
+        self._space = space
         self._genes = list(space.genes.values())
         self._free = [index for index, gene in enumerate(self._genes) if gene.count != 1]
+
+    def first(self, place: int, rng: np.random.Generator) -> Vector:
+        """A point of a first generation: at odd places one around the start point, at even ones any."""
+        if place % 2:
+            return self.mutated(self._space.start_unit(), _SPREAD, rng, rate=1.0)
+        return rng.random(len(self._genes))
 
     def crossed(self, first: Vector, second: Vector, rng: np.random.Generator) -> Vector:
         """A child of two points, coordinates of shape (len(space),) in [0, 1]."""
@@ -73,6 +82,17 @@ class Operators:
         count = gene.count or 1
         place = (min(int(unit * count), count - 1) + int(rng.integers(1, count))) % count
         return (place + 0.5) / count
+
+
+def size_of(population: int | None, usual: int, proposer: str) -> int:
+    """How many parents there are: `population`, or as many as usual for None.
+
+    Raises:
+        ProposerError: There are fewer than two.
+    """
+    if population is not None and population < 2:
+        raise ProposerError(f"`population >= 2` must hold for {proposer}, but got {population!r}.")
+    return usual if population is None else population
 
 
 def _is_choice(gene: Gene) -> bool:

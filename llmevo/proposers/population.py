@@ -17,9 +17,8 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from llmevo.errors import ProposerError
 from llmevo.proposers import Direction
-from llmevo.proposers.operators import Operators
+from llmevo.proposers.operators import Operators, size_of
 from llmevo.space import Space
 from llmevo.strength import Strength, TwoLevel
 from llmevo.trial import Proposal, State, Trial, improvement, ranked
@@ -32,7 +31,6 @@ SKETCH = "sketch"
 
 _POPULATION = 6
 _TOURNAMENT = 3
-_SPREAD = 0.2  # around the start point, in the unit cube
 _NEAR = 0.1  # of the size of two changes; nearer ones are one individual
 
 
@@ -88,9 +86,7 @@ class Population:
     def _first(self, place: int, rng: np.random.Generator) -> Proposal:
         if place == 0:
             return Proposal(self.space.start(), ATTRS)
-        near = self._operators.mutated(self.space.start_unit(), _SPREAD, rng, rate=1.0)
-        unit = near if place % 2 else rng.random(len(self.space))
-        return Proposal(self.space.from_unit(unit), ATTRS)
+        return Proposal(self.space.from_unit(self._operators.first(place, rng)), ATTRS)
 
     def _child(self, survivors: Sequence[Trial], strength: float, rng: np.random.Generator) -> Proposal:
         novelty = [novel(trial, survivors) for trial in survivors]
@@ -148,9 +144,7 @@ class Survivors:
     """
 
     def __init__(self, direction: Direction, size: int | None = None) -> None:
-        if size is not None and size < 2:
-            raise ProposerError(f"`population >= 2` must hold for population, but got {size!r}.")
-        self.size = size or _POPULATION
+        self.size = size_of(size, _POPULATION, ATTRS)
         self._direction: Direction = direction
         self._seen: list[Trial] = []  # a shortcut: finished batches, and who survived them
         self._known: list[Trial] = []

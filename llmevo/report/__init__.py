@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from llmevo.report import figures, svg
+from llmevo.report import figures, generations, page, svg
 from llmevo.report.beside import compare
 from llmevo.report.findings import Findings
 from llmevo.report.words import duration, interval, number, percent, signed
@@ -22,7 +22,7 @@ from llmevo.runner.adapters import BEST
 from llmevo.runner.observer import Row
 from llmevo.trial import Score, State, Trial
 
-_COST_ROLES = ("blue", "vermillion", "green", "purple", "sky", "yellow", "muted")
+_COST_ROLES = {"evaluate": "blue", "train": "vermillion", "merge": "green", "propose": "purple"}
 _FEW_FAILURES = 8
 
 
@@ -52,6 +52,7 @@ def render(findings: Findings, others: Sequence[Findings] = ()) -> str:
     template = Template(files("llmevo.report").joinpath("report.html").read_text(encoding="utf-8"))
     sections = [
         _progress(findings),
+        _generations(findings),
         _held_out(findings),
         _beside(findings, others),
         _tasks(findings),
@@ -114,32 +115,6 @@ def _effort(findings: Findings) -> list[tuple[str, str]]:
     return [(name, f"{effort.spent}, {saved} of {effort.without} saved by halving")]
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
-
-
-def _figure(drawing: str, label: str, caption: str = "") -> str:
-    text = f"\n<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure>\n<div role="img" aria-label="{escape(label)}">{drawing}</div>{text}\n</figure>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def _table(head: Sequence[str], rows: Iterable[tuple[Sequence[str], bool]]) -> str:
-    """A table whose first column is a name and whose other columns are numbers; cells are HTML already."""
-    top = "".join(
-        f'<th scope="col"{" class=n" if i else ""}>{escape(text)}</th>' for i, text in enumerate(head)
-    )
-    lines = []
-    for cells, win in rows:
-        body = "".join(f'<td class="{"n" if i else "name"}">{cell}</td>' for i, cell in enumerate(cells))
-        lines.append(f"<tr{' class=win' if win else ''}>{body}</tr>")
-    table = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
-
-
 def _progress(findings: Findings) -> str:
     if not findings.trials:
         return ""
@@ -153,7 +128,31 @@ def _progress(findings: Findings) -> str:
     if effort is not None:
         less = "fewer items" if effort.unit == "items" else "less training"
         caption += f" Small marks dropped out early: their scores rest on {less} and are never the best."
-    return _section("The search", _figure(drawing, "Score of each trial and the best so far", caption))
+    return page.section(
+        "The search", page.figure(drawing, "Score of each trial and the best so far", caption)
+    )
+
+
+def _generations(findings: Findings) -> str:
+    search = findings.genome.search
+    found = generations.generations(findings.trials, search.direction, search.population)
+    if len(found) < 2:
+        return ""
+    head = ("generation", "trained", "best so far", "mean", "of survivors", "distance", "of survivors")
+    rows = []
+    for one in found:
+        apart = ("" if value is None else f"{value:.2f}" for value in (one.apart, one.alive_apart))
+        scores = (number(value) for value in (one.best, one.mean, one.alive))
+        rows.append(((str(one.number), str(len(one.new)), *scores, *apart), False))
+    caption = (
+        "Generation 0 is the default settings. Distance is that of two adapters' changes of the weights over "
+        "their size, estimated by a sketch: 0 for equal ones, 1.41 for two that have nothing in common."
+    )
+    drawing = page.figure(
+        generations.draw(found), "Score and diversity of the weights by generation", caption
+    )
+    details = f"<details><summary>The numbers</summary>{page.table(head, rows)}</details>"
+    return page.section("The generations", drawing + details)
 
 
 def _held_out(findings: Findings) -> str:
@@ -179,16 +178,16 @@ def _held_out(findings: Findings) -> str:
         "p",
         "optimism",
     )
-    note = _note(
+    note = page.note(
         f"{findings.held_out_items()} items that the search never saw, answered by merges of mergekit's own "
         "arithmetic. Differences are paired: both models answer the same items, so what is hard for both "
         "cancels. p is the chance of a difference this large between equals, with Holm's correction over the "
         "finalists. Optimism is how much better the items of the search score a model than the held-out ones."
     )
-    table = _table(head, [(_held_out_cells(row, score), row.label == winner) for row, score in rows])
+    table = page.table(head, [(_held_out_cells(row, score), row.label == winner) for row, score in rows])
     drawing = figures.intervals(scores, differences, against, winner)
-    figure = _figure(drawing, "Held-out scores and paired differences with intervals")
-    return _section("Held-out items", note + table + figure)
+    figure = page.figure(drawing, "Held-out scores and paired differences with intervals")
+    return page.section("Held-out items", note + table + figure)
 
 
 def _beside(findings: Findings, others: Sequence[Findings]) -> str:
@@ -208,11 +207,11 @@ def _beside(findings: Findings, others: Sequence[Findings]) -> str:
         cells += [number(rival.score), *(number(rival.tasks[task]) for task in tasks)]
         lead = None if gap is None else [signed(gap.estimate), f"{signed(gap.low)} to {signed(gap.high)}"]
         rows.append(([*cells, *(lead or ("", ""))], rival.score == best))
-    note = _note(
+    note = page.note(
         "Each run's own choice on the same held-out items; differences are paired. A run without a search is "
         "its default settings."
     )
-    return _section("Beside other runs", note + _table(list(map(escape, head)), rows))
+    return page.section("Beside other runs", note + page.table(head, rows))
 
 
 def _held_out_cells(row: Row, score: Score) -> tuple[str, ...]:
@@ -243,8 +242,8 @@ def _tasks(findings: Findings) -> str:
         means = findings.task_means(split)
         if means and len({task for by_task in means.values() for task in by_task}) > (split == "search"):
             drawing = figures.tasks(means, "evolved", "uniform", f"tasks-{split}")
-            parts.append(_figure(drawing, f"Score of each model on each task, {split} items", caption))
-    return _section("By task", "".join(parts))
+            parts.append(page.figure(drawing, f"Score of each model on each task, {split} items", caption))
+    return page.section("By task", "".join(parts))
 
 
 def _origins(findings: Findings) -> str:
@@ -274,8 +273,8 @@ def _origins(findings: Findings) -> str:
     effort, note = findings.effort(), ""
     if effort is not None:
         whole = "scores on all items" if effort.unit == "items" else "trainings that came to their end"
-        note = _note(f"Best and mean are of {whole}.")
-    return _section("Where the trials came from", note + _table(head, rows)) if rows else ""
+        note = page.note(f"Best and mean are of {whole}.")
+    return page.section("Where the trials came from", note + page.table(head, rows)) if rows else ""
 
 
 def _parameters(findings: Findings) -> str:
@@ -287,8 +286,8 @@ def _parameters(findings: Findings) -> str:
         return ""
     few = f"{shown} of {total} genes, those whose rank goes most with the score. " if shown < total else ""
     caption = f"{few}r is Spearman's rank correlation with the score; the ring is the best trial."
-    return _section(
-        "Genes against the score", _figure(drawing, "Each gene's value against the score", caption)
+    return page.section(
+        "Genes against the score", page.figure(drawing, "Each gene's value against the score", caption)
     )
 
 
@@ -314,8 +313,8 @@ def _failures(findings: Findings) -> str:
     more = (
         f" The {len(ranked) - _FEW_FAILURES} rarer reasons are left out." if len(ranked) > len(rows) else ""
     )
-    note = _note(f"A failed trial is a result too: the search went on.{more}")
-    return _section("Failures", note + _table(("reason", "trials", "which"), rows))
+    note = page.note(f"A failed trial is a result too: the search went on.{more}")
+    return page.section("Failures", note + page.table(("reason", "trials", "which"), rows))
 
 
 def _recipe(findings: Findings) -> str:
@@ -328,14 +327,14 @@ def _recipe(findings: Findings) -> str:
         text = "A mergekit configuration: mergekit-yaml makes the weights from it."
         if trained:
             text = "A mergekit configuration of what the adapter belongs on, as mergekit-yaml takes it."
-        parts.append(_note(text) + f"<pre>{escape(findings.recipe.rstrip())}</pre>")
+        parts.append(page.note(text) + f"<pre>{escape(findings.recipe.rstrip())}</pre>")
     if trained:
-        parts += [_note("The adapter of the best, in peft:"), f"<pre>{escape(_peft(findings))}</pre>"]
+        parts += [page.note("The adapter of the best, in peft:"), f"<pre>{escape(_peft(findings))}</pre>"]
     if best.params:
         genes = escape(json.dumps(best.params, indent=2, ensure_ascii=False))
         parts.append(f"<details><summary>Its genes</summary><pre>{genes}</pre></details>")
     what = "settings" if trained else "recipe"
-    return _section(f"The {what} of the best, trial {best.number}", "\n".join(parts))
+    return page.section(f"The {what} of the best, trial {best.number}", "\n".join(parts))
 
 
 def _peft(findings: Findings) -> str:
@@ -354,24 +353,24 @@ def _cost(findings: Findings) -> str:
     if not total:
         return ""
     bars, keys = [], []
-    for index, (stage, value) in enumerate(sorted(seconds.items(), key=lambda item: -item[1])):
-        colour = f"background:var(--{_COST_ROLES[min(index, len(_COST_ROLES) - 1)]})"
+    for stage, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        colour = f"background:var(--{_COST_ROLES.get(stage, 'muted')})"
         bars.append(f'<span style="flex:{value / total:.4f} 0 0;{colour}"></span>')
         keys.append(
             f'<li><span class="key" style="{colour}"></span>{escape(stage)} '
             f"{duration(value)} ({100 * value / total:.0f}&nbsp;%)</li>"
         )
     body = f'<div class="bar" aria-hidden="true">{"".join(bars)}</div><ul class="keys">{"".join(keys)}</ul>'
-    return _section("Where the time went", body)
+    return page.section("Where the time went", body)
 
 
 def _reproduce(findings: Findings) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in findings.versions.items())
     parts = [
-        _note("The genome as it was run, overrides included; save it as genome.yaml."),
+        page.note("The genome as it was run, overrides included; save it as genome.yaml."),
         f"<details><summary>genome.yaml</summary><pre>{escape(findings.genome_text().rstrip())}</pre></details>",
         f"<pre>{escape(f'llmevo run genome.yaml --run-dir {findings.name}-again')}</pre>",
     ]
     if versions:
-        parts.append(_note(f"With {versions}."))
-    return _section("To run it again", "\n".join(parts))
+        parts.append(page.note(f"With {versions}."))
+    return page.section("To run it again", "\n".join(parts))

@@ -1,4 +1,7 @@
-"""The report's figures, drawn by matplotlib; each series has a colour and a marker of its own."""
+"""The report's figures, drawn by matplotlib; each series has a colour and a marker of its own.
+
+What is best, or came out of the search, is drawn in ink in all of them, and what it is held against is muted.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ _SERIES: dict[str, tuple[str, str]] = {  # family of origins -> role, marker
     "cma": ("blue", "o"),
     "llm": ("vermillion", "^"),
     "ga": ("green", "s"),
+    "population": ("green", "o"),
     "sobol": ("purple", "D"),
     "random": ("muted", "o"),
     "warm_start": ("sky", "P"),
     "enqueued": ("sky", "P"),
+    "default": ("sky", "X"),
     "fallback": ("yellow", "v"),
 }
 REFERENCES = ("baseline", "parent", "uniform")
@@ -226,7 +231,7 @@ def intervals(scores: Sequence[Estimate], differences: Sequence[Estimate], again
         )
         for axes, estimates in ((left, scores), (right, differences)):
             for estimate in estimates:
-                role = "vermillion" if estimate.label == winner else "blue"
+                role = "ink" if estimate.label == winner else "muted"
                 row = rows[estimate.label]
                 if estimate.low is not None and estimate.high is not None:
                     axes.plot([estimate.low, estimate.high], [row, row], color=svg.colour(role), linewidth=2)
@@ -265,9 +270,9 @@ def tasks(scores: Mapping[str, Mapping[str, float]], evolved: str, uniform: str,
             rows = [row for row, task in enumerate(reversed(names)) if task in by_task]
             values = [by_task[task] for task in reversed(names) if task in by_task]
             if model == evolved:
-                role, marker, size = "vermillion", "^", 70
+                role, marker, size = "ink", "^", 70
             elif model == uniform:
-                role, marker, size = "ink", "|", 110
+                role, marker, size = "muted", "|", 110
             else:
                 role, marker, size = next(roles, "muted"), next(markers, "o"), 34
             axes.scatter(
