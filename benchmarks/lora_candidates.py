@@ -2,12 +2,11 @@
 
 The task is that of examples/lora_search.py: which language a word is, with words of other topics to choose by
 and others again to report on. Adapters sit in the last layers only. What the layers below make of an example
-is then the same for all candidates and all seeds, so it is computed once (`Below`).
+is then the same for all candidates and all seeds, and the trainer computes it once.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import json
@@ -16,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, final
@@ -36,71 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GENOME = ROOT / "genomes" / "lora-smollm2.yaml"
 LAYERS = 4  # the last ones, which have adapters
 TOKENS = 4000  # of a candidate's training
-_TOGETHER = 64  # examples in one pass through the layers below
 
 Record = dict[str, Any]
-
-
-@final
-class Below(torch.nn.Module):
-    """Stands in for the embeddings: what the frozen layers below make of each example, computed once.
-
-    Args:
-        body: The frozen part of the model; it returns hidden states that no norm was applied to.
-        end: The token that ends every example.
-    """
-
-    def __init__(self, body: Any, end: int) -> None:
-        super().__init__()
-        self._body = (body,)  # in a tuple, so that its modules are no modules of the model to adapt
-        self._end = end
-        self._known: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def learn(self, examples: Sequence[tuple[int, ...]]) -> None:
-        """Compute examples, a few at a time; padding behind an example changes nothing before it."""
-        new = sorted(set(examples) - set(self._known), key=lambda tokens: (len(tokens), tokens))
-        for start in range(0, len(new), _TOGETHER):
-            group = new[start : start + _TOGETHER]
-            width = max(map(len, group))
-            rows = torch.tensor([[*tokens, *[self._end] * (width - len(tokens))] for tokens in group])
-            with torch.no_grad():
-                states = self._body[0](rows, use_cache=False).last_hidden_state
-            for tokens, state in zip(group, states, strict=True):
-                self._known[tokens] = state[: len(tokens)].clone()
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states of rows of whole examples, shape (rows, width, hidden); 0 behind the last example."""
-        body = self._body[0]
-        states = torch.zeros(*tokens.shape, body.config.hidden_size, dtype=body.dtype)
-        for place, row in enumerate(tokens.tolist()):
-            start = 0
-            while any(row[start:]):  # the rest of a row is padded with zeros
-                example = self._first(tuple(row[start:]))
-                self.learn([example])
-                states[place, start : start + len(example)] = self._known[example]
-                start += len(example)
-        return states
-
-    def _first(self, row: tuple[int, ...]) -> tuple[int, ...]:
-        """The example that a row begins with."""
-        stop = row.index(self._end) + 1 if self._end in row else len(row)
-        if row[:stop] in self._known:
-            return row[:stop]
-        # Where the budget cuts an example off, it has no end, and a whole one may stand behind it.
-        cuts = (cut for cut in range(1, stop) if row[cut:stop] in self._known)
-        return row[: next(cuts, stop)]
-
-
-def divide(model: Any, layers: int, end: int) -> Below:
-    """Leave a Llama-type model its last `layers` layers; the others are `Below`, in the embeddings' place."""
-    body = copy.deepcopy(model.model)
-    first = len(body.layers) - layers
-    body.layers, body.norm = body.layers[:first], torch.nn.Identity()
-    body.config.num_hidden_layers = first
-    below = Below(body, end)
-    model.model.layers, model.model.embed_tokens = model.model.layers[first:], below
-    model.config.num_hidden_layers = layers
-    return below
 
 
 @final
@@ -156,10 +92,10 @@ class Candidates:
         overrides = [f"train.data.{part}={file}" for part, file in files.items()]
         genome = load(GENOME, [*overrides, f"genome.models=[{cache / 'smollm2'}]", f"train.tokens={tokens}"])
         assert genome.train is not None
-        self.spec = genome.train
+        # In what is stored the layers are a part of the task, not of the settings.
+        self.spec = genome.train.model_copy(update={"layers": None, "together": "off"})
         self.space = Recipes(genome, 30).space
-        self._model: Any = None
-        self._trainers: dict[int, Trainer] = {}
+        self._trainer: Trainer | None = None
 
     def settings(self, params: Any, times: int = 1) -> TrainSettings:
         """The hyperparameters at a point of the space, with `times` the tokens."""
@@ -184,10 +120,10 @@ class Candidates:
         if known is not None and ("error" in known or "test" in known or not test(mean(known["validation"]))):
             return known
         record: Record = {"key": key, "settings": asdict(settings), "seed": seed}
-        trainer = self._trainer(seed)
+        trainer = self._trainer = self._trainer or self._load()
         started = time.process_time()
         try:
-            with trainer.candidate(settings, 0, "SmolLM2") as trained:
+            with trainer.candidate(replace(settings, layers=LAYERS), 0, "SmolLM2", seed=seed) as trained:
                 record |= {"tokens": int(trained.metrics["tokens"]), "steps": int(trained.metrics["steps"])}
                 record["parameters"] = int(trained.metrics["parameters"])
                 record["seconds"] = round(time.process_time() - started, 2)
@@ -198,29 +134,15 @@ class Candidates:
             record["error"] = str(error)
         return self._store.add(record)
 
-    def _trainer(self, seed: int) -> Trainer:
-        if seed not in self._trainers:
-            if self._model is None:
-                self._load()
-            model, tokenizer = self._model
-            self._trainers.clear()  # one at a time: it is remade in a second
-            self._trainers[seed] = Trainer(self.spec, model, tokenizer, seed=seed)
-        return self._trainers[seed]
-
-    def _load(self) -> None:
+    def _load(self) -> Trainer:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from llmevo.train.data import load as load_examples
 
         example = _example()
         example.prepare(self._cache, example.FULL)
         folder = self._cache / "smollm2"
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
-        below = divide(model, LAYERS, tokenizer.eos_token_id)
-        parts = load_examples(self.spec.data, tokenizer, model.config.max_position_embeddings, 0).parts
-        below.learn([tuple(e.tokens.tolist()) for examples in parts.values() for e in examples])
-        self._model = model, tokenizer
+        spec = self.spec.model_copy(update={"layers": LAYERS})
+        return Trainer(spec, model, AutoTokenizer.from_pretrained(folder), seed=0)
 
 
 def _example() -> ModuleType:

@@ -19,7 +19,7 @@ def lines(facts: Mapping[str, Any], rungs: Rungs | None) -> list[str]:
         facts: From `Pipeline.describe`.
         rungs: From `Rungs.of`.
     """
-    found = [_rungs(facts, rungs), _memory(facts), _nf4(facts), _packed(facts)]
+    found = [_rungs(facts, rungs), _memory(facts), _nf4(facts), _prefix(facts), _packed(facts)]
     return [line for line in found if line]
 
 
@@ -67,6 +67,16 @@ def _nf4(facts: Mapping[str, Any]) -> str:
         return ""
     paged = "" if plan["paged"] else "; 8-bit AdamW is not paged without a GPU, its state stays in memory"
     return f"qlora: {size(plan['bytes'])} of 4-bit weights beside the resident ones during a trial{paged}"
+
+
+def _prefix(facts: Mapping[str, Any]) -> str:
+    """Of what the layers below the adapters are computed once, and what holding that takes."""
+    plan = facts.get("train", {}).get("prefix")
+    if not plan:
+        return ""
+    when = "" if plan["training"] else ", not in a training, where the model has dropout"
+    held = f"{plan['tokens']} tokens of the examples ({size(plan['bytes'])} at most)"
+    return f"prefix: the layers below all adapters are computed once for {held}{when}"
 
 
 def _packed(facts: Mapping[str, Any]) -> str:

@@ -226,6 +226,8 @@ class Batch:
         sources: Flat indices of the positions that predict a target, shape (targets,).
         labels: The tokens to predict there, shape (targets,).
         owners: To which example each target belongs, shape (targets,).
+        starts: Flat index of each example's first token, shape (examples,).
+        lengths: Tokens of each example, shape (examples,).
     """
 
     tokens: npt.NDArray[np.int64]
@@ -233,6 +235,8 @@ class Batch:
     sources: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     owners: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
 
 
 def lay_out(examples: Sequence[Example], packed: bool, width: int = 0) -> Batch:
@@ -247,11 +251,13 @@ def lay_out(examples: Sequence[Example], packed: bool, width: int = 0) -> Batch:
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.tile(np.arange(width, dtype=np.int64), (len(rows), 1))
     sources, labels, owners = [], [], []
+    starts = np.zeros(len(examples), dtype=np.int64)
     for row, members in enumerate(rows):
         at = 0
         for index in members:
             example = examples[index]
             end = at + len(example)
+            starts[index] = row * width + at
             tokens[row, at:end] = example.tokens
             if packed:
                 positions[row, at:] = np.arange(width - at)
@@ -262,4 +268,5 @@ def lay_out(examples: Sequence[Example], packed: bool, width: int = 0) -> Batch:
             at = end
         if packed and at < width:
             positions[row, at:] = np.arange(width - at)
-    return Batch(tokens, positions, np.concatenate(sources), np.concatenate(labels), np.concatenate(owners))
+    where, wanted, whose = (np.concatenate(parts) for parts in (sources, labels, owners))
+    return Batch(tokens, positions, where, wanted, whose, starts, np.array(lengths, dtype=np.int64))

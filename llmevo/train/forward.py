@@ -3,12 +3,14 @@
 The language-model head, a fifth of a small model's arithmetic, runs at the positions that predict a target
 only, in float32 from there on; examples share rows where the model's attention keeps them apart. Both are
 tried on the model before they are used, so that a model that scales its logits or does not know packed rows
-is computed the plain way.
+is computed the plain way. With adapters in the upper layers only, the layers below are computed once for each
+example (`prefix`), which is tried in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 import numpy as np
@@ -18,6 +20,8 @@ from llmevo.train.data import Batch, Example, lay_out
 
 if TYPE_CHECKING:
     import torch
+
+    from llmevo.train.prefix import Prefix
 
 _PROBE = 24  # tokens of each example that packing is tried on
 # Mean difference in nats. Rounding makes 2e-6, 6e-3 and 3e-2 on a real model, tokens that see each other 0.5.
@@ -49,17 +53,21 @@ class Forward:
     Args:
         model: A causal transformers model; its weights may change, and adapters come and go.
         examples: Some to try packing on; at least two, or it is not tried.
+        known: Examples of which what the layers below the adapters make is kept, in about the order in which
+            they will be asked for; none, and nothing is kept.
 
     Attributes:
         packed: Whether examples share rows.
         partial: Whether the head runs at the targets only.
+        prefix: What is kept of the layers below the adapters; None where nothing is.
     """
 
-    def __init__(self, model: Any, examples: Sequence[Example]) -> None:
+    def __init__(self, model: Any, examples: Sequence[Example], known: Sequence[Example] = ()) -> None:
         self._model = model
         self._body = model.base_model
         self._head = model.get_output_embeddings()
         self.packed = self.partial = False
+        self.prefix: Prefix | None = None
         short = [Example(e.tokens[:_PROBE], np.arange(len(e.tokens[:_PROBE])) > 0) for e in examples[:3]]
         tolerance = _TOLERANCE.get(str(model.dtype), 1e-4)
         plain = self._probe(short)
@@ -67,6 +75,36 @@ class Forward:
         self.partial = self.partial and _close(self._probe(short), plain, tolerance)
         self.packed = len(short) > 1
         self.packed = self.packed and _close(self._probe(short), plain, tolerance)
+        self._short, self._tolerance = short, tolerance
+        self._tried: dict[int, bool] = {}
+        self.prefix = self._make_prefix(known) if known else None
+
+    def _make_prefix(self, known: Sequence[Example]) -> Prefix | None:
+        from llmevo.train.prefix import Prefix
+
+        made = Prefix(self._body, lambda batch: self._body(**self._inputs(batch)), self.packed, known)
+        return made if made.tokens else None
+
+    @contextmanager
+    def above(self) -> Iterator[None]:
+        """Compute only what is above the lowest adapter, where what is below it is known.
+
+        Within the block the adapters stay where they are, the weights below them what they are; the model is
+        in evaluation mode when it begins.
+        """
+        prefix = self.prefix
+        if prefix is None:
+            yield
+            return
+        with prefix.above():
+            first, prefix.first = prefix.first, 0
+            if first and first not in self._tried:
+                self._model.eval()
+                plain = self._probe(self._short)
+                prefix.first = first
+                self._tried[first] = _close(self._probe(self._short), plain, self._tolerance)
+            prefix.first = first if self._tried.get(first) else 0
+            yield
 
     def _probe(self, examples: list[Example]) -> torch.Tensor | None:
         """Each target's loss in the examples' order; None where the model does not take the input."""
@@ -77,7 +115,7 @@ class Forward:
                 batch = lay_out(examples, self.packed, sum(map(len, examples)))
                 found = self.nll(batch)
         except (TypeError, ValueError, AttributeError, RuntimeError):
-            if not (self.packed or self.partial):
+            if not (self.packed or self.partial or self.prefix):
                 raise  # the plain way must work
             return None
         return found[torch.from_numpy(np.argsort(batch.owners, kind="stable")).to(found.device)]
@@ -94,18 +132,32 @@ class Forward:
         from llmevo.train.quick import head_loss
 
         device = self._model.device
-        inputs: dict[str, Any] = {
-            "input_ids": torch.from_numpy(batch.tokens).to(device),
-            "use_cache": False,
-        }
-        if self.packed:
-            inputs["position_ids"] = torch.from_numpy(batch.positions).to(device)
-        sources = torch.from_numpy(batch.sources).to(device)
+        inputs, sources = self._inputs(batch), torch.from_numpy(batch.sources).to(device)
         labels = torch.from_numpy(batch.labels).to(device)
-        if not self.partial:
-            logits = self._model(**inputs).logits.flatten(0, 1)[sources].float()
-            return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        return head_loss(self._head, self._body(**inputs).last_hidden_state.flatten(0, 1)[sources], labels)
+        with self._entered(batch):
+            if not self.partial:
+                logits = self._model(**inputs).logits.flatten(0, 1)[sources].float()
+                return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            hidden = self._body(**inputs).last_hidden_state
+        return head_loss(self._head, hidden.flatten(0, 1)[sources], labels)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model is called with."""
+        import torch
+
+        device = self._model.device
+        found = {"input_ids": torch.from_numpy(batch.tokens).to(device), "use_cache": False}
+        if self.packed:
+            found["position_ids"] = torch.from_numpy(batch.positions).to(device)
+        return found
+
+    def _entered(self, batch: Batch) -> AbstractContextManager[None]:
+        """Let the model begin above what is known, if it may."""
+        prefix = self.prefix
+        # What drops in a training would have to be drawn anew.
+        if prefix is None or not prefix.first or (self._body.training and not prefix.still):
+            return nullcontext()
+        return prefix.entered(batch)
 
 
 def _is_linear(head: Any) -> bool:

@@ -48,7 +48,7 @@ def plan(examples: Sequence[Example], settings: TrainSettings, seed: int) -> lis
     stream: Step = []
     epoch = 0
     while budget > 0:
-        for index in np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist():
+        for index in order(len(lengths), seed, epoch):
             if budget <= 0:
                 break
             stream.append((index, min(lengths[index], budget)))
@@ -64,6 +64,12 @@ def plan(examples: Sequence[Example], settings: TrainSettings, seed: int) -> lis
             )
         steps[-2:] = [steps[-2] + steps[-1]]
     return steps
+
+
+def order(count: int, seed: int, epoch: int = 0) -> list[int]:
+    """The order in which an epoch sees examples 0 to `count - 1`."""
+    found: list[int] = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    return found
 
 
 def tokens_of(steps: Sequence[Step]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from llmevo.errors import StageError
@@ -113,7 +114,7 @@ class Together:
             [_ratios(settings) for settings in chosen],
             [settings.weight_decay for settings in chosen],
         )
-        with stack.on(self._model):
+        with stack.on(self._model), self._forward.above():
             self._model.train()
             while self._unfinished(ends) == active and time.monotonic() < end:
                 self._step(stack, active)
@@ -176,17 +177,26 @@ def _ratios(settings: TrainSettings) -> tuple[float, float]:
 
 def side_by_side(batches: Sequence[Batch], width: int) -> Batch:
     """One batch of the rows of several, filled up to `width`; owners count through."""
-    tokens, positions, sources, owners = [], [], [], []
+    tokens, positions, owners = [], [], []
+    sources: list[npt.NDArray[np.int64]] = []
+    starts: list[npt.NDArray[np.int64]] = []
     rows = examples = 0
     for batch in batches:
         count, own = batch.tokens.shape
         fill = np.arange(width - own)
         tokens.append(np.pad(batch.tokens, ((0, 0), (0, width - own))))
         positions.append(np.concatenate([batch.positions, np.tile(fill, (count, 1))], axis=1))
-        row, column = np.divmod(batch.sources, own)
-        sources.append((rows + row) * width + column)
+        for known, moved in ((batch.sources, sources), (batch.starts, starts)):
+            row, column = np.divmod(known, own)
+            moved.append((rows + row) * width + column)
         owners.append(examples + batch.owners)
-        rows, examples = rows + count, examples + int(batch.owners.max(initial=-1)) + 1
-    labels = np.concatenate([batch.labels for batch in batches])
-    laid, places = np.concatenate(tokens), np.concatenate(positions)
-    return Batch(laid, places, np.concatenate(sources), labels, np.concatenate(owners))
+        rows, examples = rows + count, examples + len(batch.lengths)
+    return Batch(
+        np.concatenate(tokens),
+        np.concatenate(positions),
+        np.concatenate(sources),
+        np.concatenate([batch.labels for batch in batches]),
+        np.concatenate(owners),
+        np.concatenate(starts),
+        np.concatenate([batch.lengths for batch in batches]),
+    )

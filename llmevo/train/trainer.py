@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -23,7 +23,7 @@ from llmevo.train.data import Part
 from llmevo.train.forward import Forward, Losses
 from llmevo.train.generate import filler
 from llmevo.train.inherit import Start, fingerprint, inherit
-from llmevo.train.loop import Step, Training, mean_of_late, plan, tokens_of, within
+from llmevo.train.loop import Step, Training, mean_of_late, order, plan, tokens_of, within
 from llmevo.train.measure import Judge, sums
 from llmevo.train.metrics import Measured
 from llmevo.train.seq2seq import PairForward
@@ -119,7 +119,12 @@ class Trainer:
 
     def _make_forward(self, kind: Kind, tokenizer: Any) -> Losses:
         if kind == "causal":
-            return Forward(self._model, self._data.parts["train"])
+            parts = self._data.parts
+            first = [parts["train"][index] for index in order(len(parts["train"]), self._seed)]
+            others = [example for part in parts if part != "train" for example in parts[part]]
+            # Without a choice of layers adapters are in all of them.
+            few = any(value is not None for value in values_of(self._spec.layers))
+            return Forward(self._model, parts["train"], [*first, *others] if few else ())
         if kind == "seq2seq":
             return PairForward(self._model)
         fit_head(self._model, self._data.labels, self._seed)
@@ -143,6 +148,9 @@ class Trainer:
         if "qlora" in values_of(self._spec.adapter):
             sizes = [nf4.size(n * m) for n, m in adapters.linear_layers(self._model).values()]
             facts["nf4"] = {"bytes": sum(sizes), "paged": self._model.device.type == "cuda"}
+        prefix = self._forward.prefix if isinstance(self._forward, Forward) else None
+        if prefix is not None:
+            facts["prefix"] = {"tokens": prefix.tokens, "bytes": prefix.bytes, "training": prefix.still}
         together, why = self._together
         return {**facts, "undivided": self._undivided, "together": together, "together_why": why}
 
@@ -179,21 +187,21 @@ class Trainer:
         known = None if folder is None or rung is not None else _record(folder, key)
         if folder is not None and known is not None:
             self.reached = int(known.metrics["tokens"])
-            with adapters.loaded(self._model, folder, name, settings):
+            with adapters.loaded(self._model, folder, name, settings), self._above():
                 yield known
             return
         examples = self._data.parts["train"]
-        order = seed if start is None else start.order(seed)
-        steps = plan(examples, settings, order)
+        drawn = seed if start is None else start.order(seed)
+        steps = plan(examples, settings, drawn)
         end = len(steps) if rung is None else within(steps, self.shares[rung])
         try:
             config = methods.config(settings, self._targets, seed, len(steps))
         except GenomeError as error:
             raise StageError("train", str(error)) from None
-        with adapters.adapted(self._model, settings, config, name, seed) as adapter:
+        with adapters.adapted(self._model, settings, config, name, seed) as adapter, self._above():
             if start is not None:
                 inherit(adapter, start)
-            training = Training(self._forward, adapter, examples, settings, order, steps)
+            training = Training(self._forward, adapter, examples, settings, drawn, steps)
             told = self._history(training, steps, tick) if self._spec.each_epoch else tick
             state = None if folder is None else _state(folder, key)
             try:
@@ -219,6 +227,9 @@ class Trainer:
                 record = {"key": key, "settings": asdict(settings), "labels": self._data.labels}
                 _keep(adapter, folder, {**record, **asdict(trained)})
             yield trained
+
+    def _above(self) -> AbstractContextManager[None]:
+        return self._forward.above() if isinstance(self._forward, Forward) else nullcontext()
 
     def ahead(self, chosen: Sequence[tuple[TrainSettings, int, Path, int | None]], base: str) -> int:
         """Train candidates together that `candidate` is asked for next, which then finds their states.
