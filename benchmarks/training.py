@@ -51,6 +51,7 @@ from llmevo.train import adapters, methods
 from llmevo.train.data import Example
 from llmevo.train.forward import Forward
 from llmevo.train.loop import Training, plan
+from llmevo.trial import Trial
 
 _ROOT = Path(__file__).resolve().parent.parent
 RESULTS = _ROOT / "benchmarks" / "results" / "training.json"
@@ -246,8 +247,17 @@ def turns(names: Sequence[str], rounds: int) -> list[list[str]]:
     return [[*names[n % len(names) :], *names[: n % len(names)]] for n in range(rounds)]
 
 
-def measure(bench: Bench, names: list[str], runs: int) -> dict[str, Any]:
-    """Seconds of each side, run by run, with its losses; `first` is the run that is not counted."""
+def measure(
+    bench: Bench, names: list[str], runs: int, keep: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """Seconds of each side, run by run, with its losses; `first` is the run that is not counted.
+
+    Args:
+        bench: The sides.
+        names: Which of them.
+        runs: How many are counted.
+        keep: Is given what is known after each round.
+    """
     sides = {name: side for name, side in bench.sides().items() if name in names}
     found: dict[str, Any] = {name: {"seconds": []} for name in sides}
 
@@ -264,6 +274,7 @@ def measure(bench: Bench, names: list[str], runs: int) -> dict[str, Any]:
     for number, order in enumerate(turns(list(sides), runs), start=1):
         for name in order:
             found[name]["seconds"].append(timed(name, f"run {number}"))
+        keep(found)
     return found
 
 
@@ -283,13 +294,12 @@ def table(sides: dict[str, Any]) -> list[str]:
     return rows
 
 
-def halving(run_dir: Path) -> dict[str, Any]:
+def halving(trials: Sequence[Trial]) -> dict[str, Any]:
     """On how many tokens the candidates of a run were trained, and how many it would have been without rungs.
 
     The references, which are trained whole, are left out.
     """
-    with Store.open(run_dir, readonly=True) as store:
-        trials = [t for t in store.trials() if t.metrics.get("train") and t.origin != "default"]
+    trials = [trial for trial in trials if trial.metrics.get("train") and trial.origin != "default"]
     spent = sum(int(trial.cost["tokens"]) for trial in trials)
     whole = sum(int(trial.metrics["train"]["budget"]) for trial in trials)
     by_rung: dict[str, int] = {}
@@ -333,7 +343,8 @@ def main() -> None:
     options = parser.parse_args()
     stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     if options.halving is not None:
-        stored["halving"] = halving(options.halving)
+        with Store.open(options.halving, readonly=True) as store:
+            stored["halving"] = halving(store.trials())
     elif not options.report:
         time_sides(options, stored)
     if not options.report:
@@ -376,8 +387,12 @@ def time_sides(options: argparse.Namespace, stored: dict[str, Any]) -> None:
     print(json.dumps(work))
     known = stored.get(f"{options.device} {options.dtype}", {})
     before = known.get("sides", {}) if known.get("work") == work else {}
-    sides = before | measure(bench, options.sides, options.runs)
-    stored[f"{options.device} {options.dtype}"] = {"work": work, "sides": sides}
+
+    def keep(sides: dict[str, Any]) -> None:
+        stored[f"{options.device} {options.dtype}"] = {"work": work, "sides": before | sides}
+        RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+
+    measure(bench, options.sides, options.runs, keep)
 
 
 if __name__ == "__main__":
