@@ -14,10 +14,10 @@ from search_run import NASTY, finished
 
 from llmevo import report
 from llmevo.cli import card, console
-from llmevo.report import figures, svg
+from llmevo.report import figures, scores, svg
 from llmevo.report.findings import Findings, load
 from llmevo.report.words import number, signed
-from llmevo.trial import State, Trial
+from llmevo.trial import Score, State, Trial
 
 pytest.importorskip("mergekit")
 pytest.importorskip("matplotlib")
@@ -211,6 +211,30 @@ def test_without_matplotlib_the_message_names_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'llmevo[report]'" in done.stdout
+
+
+def test_what_is_far_off_is_named_at_the_edge_and_flattens_nothing() -> None:
+    baseline = figures.Estimate("baseline", -14.6, -14.8, -14.4)
+    trained = [figures.Estimate("default", -1.4, -1.5, -1.3), figures.Estimate("evolved", -0.9, -1.0, -0.8)]
+    gaps = [figures.Estimate("baseline", -13.2, -13.4, -13.0), figures.Estimate("evolved", 0.5, 0.3, 0.7)]
+    drawing = scores.intervals([baseline, *trained], gaps, "default", "evolved")
+    minus = "\N{MINUS SIGN}"
+    assert f"\N{LEFTWARDS ARROW} {minus}14.6000" in drawing
+    assert f"\N{LEFTWARDS ARROW} {minus}13.2000" in drawing
+    assert f">{minus}12" not in drawing
+    assert ">0.0<" in drawing  # no difference is always in sight
+    near = [figures.Estimate("baseline", -1.9, -2.0, -1.8), *trained]
+    assert "\N{LEFTWARDS ARROW}" not in scores.intervals(near, [], "default", "evolved")
+    search = [Trial(n, {"x": n}, "ga", State.COMPLETE, score=Score(-1 - 0.1 * n)) for n in range(4)]
+    assert f"baseline {minus}14.6000 \N{DOWNWARDS ARROW}" in figures.progress(search, [baseline], True)
+    assert "\N{DOWNWARDS ARROW}" not in figures.progress(search, [near[0]], True)
+
+
+def test_a_gene_over_decades_has_a_logarithmic_axis() -> None:
+    rates = (1e-5, 1e-4, 1e-3)
+    search = [Trial(n, {"rate": r}, "ga", State.COMPLETE, score=Score(n)) for n, r in enumerate(rates)]
+    drawing, *_ = figures.parameters(search, None, True)
+    assert all(f">{tick}<" in drawing for tick in ("1e-05", "0.0001", "0.001"))
 
 
 def test_labels_are_spread_only_as_far_as_they_collide() -> None:

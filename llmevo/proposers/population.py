@@ -40,9 +40,9 @@ class Population:
 
     Each parent wins a tournament of three: the better one wins, and where two differ by no more than one
     standard error of their paired difference, the one that is farther from the others. The child's weights
-    are `share` of the first parent's change and the rest of the second's. Hyperparameters cross and mutate as
-    those of `ga`. One strength is that of both mutations: a standard deviation in the unit cube for
-    hyperparameters, and a share of the factors' size for weights.
+    are `share` of the better parent's change, at least half, and the rest of the other's. Hyperparameters
+    cross and mutate as those of `ga`. One strength is that of both mutations: a standard deviation in the
+    unit cube for hyperparameters, and a share of the factors' size for weights.
 
     Until there are `population` trials and two survivors: the start point, then by turns a point around it
     and a point anywhere, all of them with fresh weights.
@@ -92,12 +92,14 @@ class Population:
         novelty = [novel(trial, survivors) for trial in survivors]
         first = self._winner(survivors, novelty, list(range(len(survivors))), rng)
         others = [place for place in range(len(survivors)) if place != first]
-        parents = [survivors[place] for place in (first, self._winner(survivors, novelty, others, rng))]
+        # The better parent first: it gives the larger share, or its training would be diluted.
+        places = sorted((first, self._winner(survivors, novelty, others, rng)))
+        parents = [survivors[place] for place in places]
         units = [self.space.to_unit(parent.params) for parent in parents]
         child = self._operators.mutated(self._operators.crossed(units[0], units[1], rng), strength, rng)
         notes = {
             "parents": [parent.number for parent in parents],
-            "share": float(rng.random()),
+            "share": float(rng.uniform(0.5, 1.0)),
             "strength": strength,
             "seed": int(rng.integers(1 << 31)),
             "generation": 1 + max(generation(parent) for parent in parents),

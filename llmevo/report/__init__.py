@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from llmevo.report import figures, generations, page, svg
+from llmevo.report import figures, generations, page, scores, svg
 from llmevo.report.beside import compare
 from llmevo.report.findings import Findings
 from llmevo.report.words import duration, interval, number, percent, signed
@@ -161,7 +161,7 @@ def _held_out(findings: Findings) -> str:
         return ""
     winner = findings.winner.label if findings.winner else ""
     against = findings.rival.label if findings.rival else f"the {findings.rival_name}"
-    scores = [
+    marks = [
         figures.Estimate(row.label, score.value, *(interval(score) or (None, None))) for row, score in rows
     ]
     differences = [
@@ -178,14 +178,15 @@ def _held_out(findings: Findings) -> str:
         "p",
         "optimism",
     )
+    merged = "" if findings.genome.alone else ", answered by merges of mergekit's own arithmetic"
     note = page.note(
-        f"{findings.held_out_items()} items that the search never saw, answered by merges of mergekit's own "
-        "arithmetic. Differences are paired: both models answer the same items, so what is hard for both "
-        "cancels. p is the chance of a difference this large between equals, with Holm's correction over the "
-        "finalists. Optimism is how much better the items of the search score a model than the held-out ones."
+        f"{findings.held_out_items()} items that the search never saw{merged}. Differences are paired: both "
+        "models answer the same items, so what is hard for both cancels. p is the chance of a difference "
+        "this large between equals, with Holm's correction over the finalists. Optimism is how much better "
+        "the items of the search score a model than the held-out ones."
     )
     table = page.table(head, [(_held_out_cells(row, score), row.label == winner) for row, score in rows])
-    drawing = figures.intervals(scores, differences, against, winner)
+    drawing = scores.intervals(marks, differences, against, winner)
     figure = page.figure(drawing, "Held-out scores and paired differences with intervals")
     return page.section("Held-out items", note + table + figure)
 
@@ -240,8 +241,8 @@ def _tasks(findings: Findings) -> str:
         ),
     ):
         means = findings.task_means(split)
-        if means and len({task for by_task in means.values() for task in by_task}) > (split == "search"):
-            drawing = figures.tasks(means, "evolved", "uniform", f"tasks-{split}")
+        if means and len({task for by_task in means.values() for task in by_task}) > 1:
+            drawing = scores.tasks(means, "evolved", "uniform", f"tasks-{split}")
             parts.append(page.figure(drawing, f"Score of each model on each task, {split} items", caption))
     return page.section("By task", "".join(parts))
 
@@ -254,7 +255,7 @@ def _origins(findings: Findings) -> str:
         failed = sum(trial.state is State.FAILED for trial in trials)
         role, _ = figures.series(figures.family(origin))
         if figures.family(origin) in figures.REFERENCES:
-            role = "ink"
+            role = "muted"
         best = (max if findings.maximize else min)(values) if values else None
         rows.append(
             (

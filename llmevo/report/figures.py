@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 from llmevo.report import svg
+from llmevo.report.words import number
 from llmevo.trial import State, Trial
 
 _SERIES: dict[str, tuple[str, str]] = {  # family of origins -> role, marker
@@ -27,9 +28,12 @@ _SERIES: dict[str, tuple[str, str]] = {  # family of origins -> role, marker
     "fallback": ("yellow", "v"),
 }
 REFERENCES = ("baseline", "parent", "uniform")
-_WIDTH = 9.6
+WIDTH = 9.6
 _CELLS_IN_ROW = 3
 _MAX_CELLS = 12
+_FAR = 6.0  # times the range of the others; what is farther off is named at the edge and not drawn to scale
+_WIDE = 20.0  # times the least value is the largest of a gene that is drawn on a logarithmic axis
+_DOWN, _UP = "\N{DOWNWARDS ARROW}", "\N{UPWARDS ARROW}"
 
 
 @final
@@ -58,6 +62,14 @@ def family(origin: str) -> str:
 def series(name: str) -> tuple[str, str]:
     """Role and marker of a family of origins."""
     return _SERIES.get(name, ("yellow", "X"))
+
+
+def far(value: float, others: Sequence[float]) -> bool:
+    """Whether a value would flatten the others if it were drawn to their scale."""
+    if len(set(others)) < 2:
+        return False
+    low, high = min(others), max(others)
+    return value < low - _FAR * (high - low) or value > high + _FAR * (high - low)
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:
@@ -103,7 +115,7 @@ def progress(trials: Sequence[Trial], references: Sequence[Estimate], maximize: 
     pyplot = svg.pyplot()
     shown = [trial for trial in trials if family(trial.origin) not in REFERENCES]
     with pyplot.rc_context(svg.style()):
-        figure, axes = pyplot.subplots(figsize=(_WIDTH, 4.0))
+        figure, axes = pyplot.subplots(figsize=(WIDTH, 4.0))
         for name in dict.fromkeys(family(trial.origin) for trial in shown):
             points = [trial for trial in shown if family(trial.origin) == name and trial.score is not None]
             if points:
@@ -122,7 +134,8 @@ def progress(trials: Sequence[Trial], references: Sequence[Estimate], maximize: 
         first = shown[0].number if shown else 0
         last = trials[-1].number if trials else 1
         axes.set_xlim(first - 0.8, max(last, first + 1) + 0.8)
-        _limits(axes, [t.value for t in shown if t.value is not None] + [r.value for r in references])
+        values = [trial.value for trial in shown if trial.value is not None]
+        _limits(axes, values + [line.value for line in references if not far(line.value, values)])
         _failures(axes, shown)
         _reference_lines(axes, references)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -194,12 +207,17 @@ def _failures(axes: Any, trials: Sequence[Trial]) -> None:
 
 def _reference_lines(axes: Any, references: Sequence[Estimate]) -> None:
     bottom, top = axes.get_ylim()
-    places = _spread([reference.value for reference in references], 0.055 * (top - bottom))
-    for reference, place in zip(references, places, strict=True):
-        axes.axhline(reference.value, color=svg.colour("muted"), linewidth=0.9, dashes=(5, 3), zorder=1.5)
+    ends = [min(max(reference.value, bottom), top) for reference in references]
+    places = _spread(ends, 0.055 * (top - bottom))
+    for reference, end, place in zip(references, ends, places, strict=True):
+        label = short(reference.label, 26)
+        if end == reference.value:
+            axes.axhline(end, color=svg.colour("muted"), linewidth=0.9, dashes=(5, 3), zorder=1.5)
+        else:  # it would flatten all others
+            label += f" {number(reference.value)} {_DOWN if end == bottom else _UP}"
         axes.annotate(
-            _short(reference.label, 26),
-            (1.0, reference.value),
+            label,
+            (1.0, end),
             (1.012, (place - bottom) / (top - bottom)),
             xycoords=axes.get_yaxis_transform(),
             textcoords="axes fraction",
@@ -209,84 +227,9 @@ def _reference_lines(axes: Any, references: Sequence[Estimate]) -> None:
         )
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
     """The end of a long name, where the models of one family differ."""
     return text if len(text) <= length else "…" + text[1 - length :]
-
-
-def intervals(scores: Sequence[Estimate], differences: Sequence[Estimate], against: str, winner: str) -> str:
-    """Held-out scores beside their paired differences to one of them, each with its 95 % interval.
-
-    Args:
-        scores: One row each, from top to bottom.
-        differences: By the same labels; rows without one stay empty.
-        against: Label of what the differences are to.
-        winner: Label of the row to bring out.
-    """
-    pyplot = svg.pyplot()
-    rows = {estimate.label: len(scores) - 1 - index for index, estimate in enumerate(scores)}
-    with pyplot.rc_context(svg.style()):
-        figure, (left, right) = pyplot.subplots(
-            1, 2, figsize=(_WIDTH, 0.36 * len(scores) + 0.9), sharey=True, width_ratios=(1.15, 1)
-        )
-        for axes, estimates in ((left, scores), (right, differences)):
-            for estimate in estimates:
-                role = "ink" if estimate.label == winner else "muted"
-                row = rows[estimate.label]
-                if estimate.low is not None and estimate.high is not None:
-                    axes.plot([estimate.low, estimate.high], [row, row], color=svg.colour(role), linewidth=2)
-                axes.scatter([estimate.value], [row], s=36, color=svg.colour(role), zorder=3)
-            axes.grid(axis="x")
-            axes.locator_params(axis="x", nbins=6)
-        left.set_yticks(list(rows.values()), [_short(label, 34) for label in rows])
-        left.tick_params(axis="y", labelcolor=svg.colour("ink"))
-        left.set_ylim(-0.6, len(scores) - 0.4)
-        left.set_xlabel("score on held-out items")
-        right.axvline(0, color=svg.colour("ink"), linewidth=1)
-        right.set_xlabel(f"paired difference to {_short(against, 28)}")
-        figure.subplots_adjust(wspace=0.08)
-        return svg.inline(figure, "holdout")
-
-
-def tasks(scores: Mapping[str, Mapping[str, float]], evolved: str, uniform: str, name: str = "tasks") -> str:
-    """What each model scored on each task: a row a task, a dot a model.
-
-    Args:
-        scores: `{model: {task: score}}`.
-        evolved: The model to bring out.
-        uniform: The uniform merge's name.
-        name: Of the drawing; ids in the SVG start with it.
-    """
-    pyplot = svg.pyplot()
-    names = list(dict.fromkeys(task for by_task in scores.values() for task in by_task))
-    with pyplot.rc_context(svg.style()):
-        figure, axes = pyplot.subplots(figsize=(_WIDTH, 0.42 * len(names) + 1.0))
-        for row, task in enumerate(reversed(names)):
-            values = [by_task[task] for by_task in scores.values() if task in by_task]
-            axes.plot([min(values), max(values)], [row, row], color=svg.colour("grid"), linewidth=3, zorder=1)
-        roles = iter(("blue", "green", "purple", "sky", "yellow", "muted"))
-        markers = iter("osDPvX")
-        for model, by_task in scores.items():
-            rows = [row for row, task in enumerate(reversed(names)) if task in by_task]
-            values = [by_task[task] for task in reversed(names) if task in by_task]
-            if model == evolved:
-                role, marker, size = "ink", "^", 70
-            elif model == uniform:
-                role, marker, size = "muted", "|", 110
-            else:
-                role, marker, size = next(roles, "muted"), next(markers, "o"), 34
-            axes.scatter(
-                values, rows, s=size, marker=marker, color=svg.colour(role), label=_short(model, 30), zorder=3
-            )
-        axes.set_yticks(range(len(names)), [_short(name, 34) for name in reversed(names)])
-        axes.tick_params(axis="y", labelcolor=svg.colour("ink"))
-        axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.grid(axis="x")
-        axes.set_xlabel("score")
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(4, len(scores)), handletextpad=0.3
-        )
-        return svg.inline(figure, name)
 
 
 def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
@@ -348,13 +291,13 @@ def parameters(trials: Sequence[Trial], best: Trial | None, maximize: bool) -> t
     rows = math.ceil(len(shown) / columns)
     with pyplot.rc_context({**svg.style(), "font.size": 8.5}):
         figure, grid = pyplot.subplots(
-            rows, columns, figsize=(_WIDTH, 1.8 * rows + 0.3), sharey=True, squeeze=False
+            rows, columns, figsize=(WIDTH, 1.8 * rows + 0.3), sharey=True, squeeze=False
         )
         for axes in grid.flat[len(shown) :]:
             axes.set_visible(False)
         for axes, (name, points, rho) in zip(grid.flat, shown, strict=False):
             _cell(axes, points, best)
-            axes.set_title(_short(name, 26), fontsize=8.5, loc="left")
+            axes.set_title(short(name, 26), fontsize=8.5, loc="left")
             if not math.isnan(rho):
                 text = f"r {rho:+.2f}".replace("-", "\N{MINUS SIGN}")
                 axes.set_title(text, fontsize=8.5, loc="right", color=svg.colour("muted"))
@@ -368,8 +311,12 @@ def _cell(axes: Any, points: Sequence[tuple[Any, float, Trial]], best: Trial | N
     if any(isinstance(value, (str, bool)) for value in values):
         choices = sorted({str(value) for value in values})
         values = [choices.index(str(value)) for value in values]
-        axes.set_xticks(range(len(choices)), [_short(choice, 12) for choice in choices])
+        axes.set_xticks(range(len(choices)), [short(choice, 12) for choice in choices])
         axes.set_xlim(-0.5, len(choices) - 0.5)
+    elif min(values) > 0 and max(values) > _WIDE * min(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
     else:
         axes.locator_params(axis="x", nbins=4)
     for name in dict.fromkeys(family(trial.origin) for _, _, trial in points):

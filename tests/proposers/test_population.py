@@ -116,3 +116,14 @@ def test_the_strength_falls_with_success_and_grows_without() -> None:
 def test_a_population_of_one_is_refused() -> None:
     with pytest.raises(ProposerError, match="population >= 2"):
         Population(SPACE, "maximize", population=1)
+
+
+def test_the_better_parent_gives_the_larger_share() -> None:
+    history = [trial(n, -abs(n - 3), (n, 1.0)) for n in range(6)]
+    worth = {one.number: one.value for one in history}
+    proposals = Population(SPACE, "maximize", population=6).propose(50, history, np.random.default_rng(1))
+    for notes in (proposal.attrs[ATTRS] for proposal in proposals):
+        first, second = notes["parents"]
+        assert worth[first] >= worth[second]
+        assert 0.5 <= notes["share"] <= 1
+    assert len({tuple(proposal.attrs[ATTRS]["parents"]) for proposal in proposals}) > 5
