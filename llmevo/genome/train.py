@@ -278,7 +278,7 @@ class TrainSpec(Spec):
     delta_lambda: _Setting = DEFAULTS.delta_lambda
     delta_start: _Setting = DEFAULTS.delta_start
     checkpointing: _Setting = DEFAULTS.checkpointing
-    together: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "off"
+    together: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "auto"
 
     @model_validator(mode="after")
     def _rules(self) -> TrainSpec:

@@ -60,14 +60,20 @@ def open_store(path: Path, genome: Genome, genome_text: str, fresh: bool) -> tup
 
 
 def settled(genome: Genome, store: Store) -> Genome:
-    """`genome` with the run's own directory, and the precision that its first sitting chose for `auto`.
+    """`genome` with the run's own directory, and what its first sitting chose for `auto`.
 
-    Scores in two precisions are not comparable, and the choice is a measurement: another worker or a resumed
-    run could measure otherwise.
+    That is the precision, and how many candidates are trained at once. Both are measurements: another worker
+    or a resumed run could measure otherwise. Scores in two precisions are not comparable, and a training
+    among others differs by rounding from one alone.
     """
     spec = genome.evaluate
     here = genome.run.model_copy(update={"dir": str(store.run_dir)})  # trained adapters are kept there
     genome = genome.model_copy(update={"run": here})
+    known = (store.meta("pipeline") or {}).get("train", {}).get("together")
+    if genome.train is not None and genome.train.together == "auto" and known is not None:
+        together = known if known > 1 else "off"
+        train = genome.train.model_copy(update={"together": together})
+        genome = genome.model_copy(update={"train": train})
     if spec.dtype != "auto":
         return genome
     chosen = store.meta("dtype")

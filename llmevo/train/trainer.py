@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -105,9 +106,10 @@ class Trainer:
         self._judge = Judge(self._forward, model, tokenizer, self._data, context, spec.max_new_tokens)
         self._judge.check(self._metrics)
         self._facts = self._data.describe()
-        self._together = self._how_many()
 
-    def _how_many(self) -> tuple[int, str]:
+    @cached_property
+    def _together(self) -> tuple[int, str]:
+        """How many candidates to train at once, and why; it may be measured, so only when it is asked for."""
         from llmevo.train.pays import how_many
 
         if not isinstance(self._forward, Forward):

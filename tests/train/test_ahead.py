@@ -13,6 +13,8 @@ pytest.importorskip("peft")
 
 from llmevo.genome import Genome  # noqa: E402
 from llmevo.pipeline import Job, MergePipeline  # noqa: E402
+from llmevo.runner import opening  # noqa: E402
+from llmevo.store import Store  # noqa: E402
 from llmevo.train import loop  # noqa: E402
 
 
@@ -112,8 +114,26 @@ def test_how_many_is_asked_of_the_machine(
     )
     # A clock by which a stack of two takes as long as one, of four too, and of eight ten times as long.
     monkeypatch.setattr(pays, "_wait", lambda _: None)
-    times = iter([0, 1, 0, 1, 0, 1, 0, 10])
+    times = iter([0, 9, 0, 1, 0, 1, 0, 1, 0, 10])  # the first is not counted
     monkeypatch.setattr(pays.time, "perf_counter", lambda: next(times))
     most, why = told(batch_size=4)
     assert most == 4
     assert "4 at once are 4.0 times as fast" in why
+
+
+@pytest.mark.parametrize(("found", "kept"), [(None, "auto"), (4, 4), (1, "off")])
+def test_a_run_that_goes_on_keeps_how_many_it_found(
+    genome: Genome, tmp_path: Path, found: int | None, kept: int | str
+) -> None:
+    assert genome.train is not None
+    assert genome.train.together == "auto"
+    with Store.create(tmp_path / "run", "", genome) as store:
+        if found is not None:
+            store.set_meta("pipeline", {"train": {"together": found}})
+        again = opening.settled(genome, store).train
+        assert again is not None
+        assert again.together == kept
+        asked = genome.model_copy(update={"train": genome.train.model_copy(update={"together": 6})})
+        chosen = opening.settled(asked, store).train
+        assert chosen is not None
+        assert chosen.together == 6
