@@ -21,7 +21,7 @@ from llmevo.cli.output import say_json as _print_json
 from llmevo.errors import GenomeError, LlmevoError, SpaceError, TrialError
 
 if TYPE_CHECKING:
-    from llmevo.genome import Genome
+    from llmevo.genome import Genome, TrainSpec
 
 app = typer.Typer(
     name="llmevo",
@@ -196,11 +196,8 @@ def validate(
         check_tasks(genome, allow_benchmark_tasks)
         facts |= {"parents": check_parents(genome.genome), "checked": ["genome", "tasks", "parents"]}
         if genome.train is not None:
-            from llmevo.train import check_data, check_packages
-
-            check_packages(genome.train)
-            facts["examples"] = check_data(genome.train.data, genome.train.head)
-            facts["checked"].append("examples")
+            facts["examples"] = _check_training(genome, genome.train)
+            facts["checked"] += ["examples", "hyperparameters"]
     if as_json:
         _print_json(facts)
         return
@@ -208,6 +205,22 @@ def validate(
     _print(f"{genome_path}: valid ({checked}); {facts['genes']} genes, {len(facts['references'])} references")
     for note in facts.get("parents", {}).get("notes", []):
         print(f"note: {note}", file=sys.stderr)
+
+
+def _check_training(genome: Genome, spec: TrainSpec) -> dict[str, int]:
+    """Check the examples and hyperparameters against a model without weights; return examples by part."""
+    from transformers.utils import logging
+
+    from llmevo.merge import skeleton
+    from llmevo.train import check_packages, prepare
+
+    check_packages(spec)
+    logging.set_verbosity_error()  # that an example is longer than the context is said below
+    model, tokenizer = skeleton(genome.genome, spec.head)
+    names = [task.name for task in genome.own_tasks]
+    halving, seed = genome.search.halving, genome.search.seed
+    found = prepare(spec, model, tokenizer, seed=seed, metrics=names, halving=halving)
+    return {part: len(examples) for part, examples in found.data.parts.items()}
 
 
 for _read in (results.status, results.show, results.best, results.export, results.report, replay.replay):

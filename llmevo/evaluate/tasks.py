@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmevo.errors import GenomeError
+from llmevo.genome.own import OWN_TASKS
 
 if TYPE_CHECKING:
     from llmevo.genome import Genome, TaskSpec
@@ -56,6 +57,10 @@ def check_tasks(genome: Genome, allow_benchmarks: bool) -> None:
     genome = tasks
     check_folders(genome)
     local = local_index(genome)
+    for spec in genome.tasks:  # before lm-eval's index is read, which takes seconds
+        near = difflib.get_close_matches(spec.name, OWN_TASKS, n=1, cutoff=0.85)
+        if near and spec.name not in local:
+            raise GenomeError(f"`tasks` names {spec.name!r}, which is no task; did you mean {near[0]}?")
     if not allow_benchmarks:
         for spec in genome.tasks:
             _refuse_benchmarks(spec.name, {spec.name} - local.keys())

@@ -130,6 +130,15 @@ _RULES = {
 }
 
 
+def _part(value: Any) -> Any:
+    if not isinstance(value, str) and not (isinstance(value, float) and 0 < value < 1):
+        raise ValueError(f"must be a file, or a share > 0 and < 1, but got {value!r}; change it")
+    return value
+
+
+_Part: TypeAlias = Annotated[str | float, BeforeValidator(_part)]
+
+
 class DataSpec(Spec):
     """The examples; `data: SOURCE` is short for `data: {train: SOURCE}`.
 
@@ -152,10 +161,10 @@ class DataSpec(Spec):
     """
 
     train: str
-    validation: str | Annotated[float, Field(gt=0, lt=1)] = 0.1
-    test: str | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    validation: _Part = 0.1
+    test: _Part = 0.1
     general: str | None = None
-    general_test: str | Annotated[float, Field(gt=0, lt=1)] = 0.5
+    general_test: _Part = 0.5
     columns: dict[Literal["text", "text_pair", "label", "prompt", "completion", "messages"], str] = Field(
         default_factory=dict
     )

@@ -32,6 +32,7 @@ from llmevo.merge.export import export as export
 from llmevo.merge.loaded import Loaded as Loaded
 from llmevo.merge.loaded import copy_of as copy_of
 from llmevo.merge.loaded import needed as needed
+from llmevo.merge.loaded import skeleton as skeleton
 from llmevo.merge.merger import Merger as Merger
 from llmevo.merge.parents import check_parents as check_parents
 

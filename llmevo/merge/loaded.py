@@ -100,6 +100,39 @@ def needed(spec: MergeSpec, head: str) -> bool:
     return head != "lm" or bool(config.get("is_encoder_decoder"))
 
 
+def skeleton(spec: MergeSpec, head: str) -> tuple[Any, Any]:
+    """A model without weights, all tensors on torch's `meta` device, as a training would meet it.
+
+    Args:
+        spec: The merge half of a genome; merges have the architecture of its first model.
+        head: What the model is to say; see `TrainSpec`.
+
+    Returns:
+        The model, and its tokenizer.
+
+    Raises:
+        GenomeError: Its configuration or tokenizer is missing, or no class of transformers is made from it.
+    """
+    import torch
+    import transformers
+
+    where = locate(models_of(spec)[0])
+    pairs = bool(headers.config(where).get("is_encoder_decoder"))
+    kind = "AutoModelForCausalLM" if head == "lm" and not pairs else _class(head)
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(where.folder), trust_remote_code=False)
+        with torch.device("meta"):
+            model = getattr(transformers, kind).from_config(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unloadable(where, kind, error) from None
+    tokenizer = tokenizer_of(where)
+    if tokenizer is None:
+        raise GenomeError(
+            f"`genome.models` must have a tokenizer beside the weights, but {where.name!r} has none."
+        )
+    return model, tokenizer
+
+
 def copy_of(spec: MergeSpec, out: Path, card: str) -> Path:
     """Write the genome's one model as it is, with a card; `export` for what mergekit has no table for.
 
@@ -125,7 +158,7 @@ def _load(where: Located, head: str, dtype: torch.dtype) -> Any:
     import transformers
     from transformers.utils import logging
 
-    kind = "AutoModelForSeq2SeqLM" if head == "lm" else "AutoModelForSequenceClassification"
+    kind = _class(head)
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # that a head is new is known
     try:
@@ -133,7 +166,19 @@ def _load(where: Located, head: str, dtype: torch.dtype) -> Any:
             str(where.folder), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise GenomeError(f"`{where.name}` cannot be loaded by {kind}: {reason}") from None
+        raise _unloadable(where, kind, error) from None
     finally:
         logging.set_verbosity(before)
+
+
+def _class(head: str) -> str:
+    """The class of transformers that makes a model for `Loaded`."""
+    return "AutoModelForSeq2SeqLM" if head == "lm" else "AutoModelForSequenceClassification"
+
+
+def _unloadable(where: Located, kind: str, error: Exception) -> GenomeError:
+    reason = " ".join(str(error).split())[:300]
+    return GenomeError(
+        f"`genome.models` must name a model that transformers' {kind} loads, but {where.name!r} is not one "
+        f"({reason}); name another, or change `train.head`."
+    )

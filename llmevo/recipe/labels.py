@@ -80,6 +80,11 @@ def _config(reference: str, offline: bool) -> Any:
     name, _, revision = reference.partition("@")
     path = Path(name) / "config.json"
     remedy = "give `genome.num_layers`, or put the model on this machine"
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():  # no name that a hub has
+        raise GenomeError(
+            f"`genome.models` must be folders or models on the hub, but there is no folder {name!r}; check "
+            "the path."
+        )
     if not Path(name).is_dir():
         from huggingface_hub import hf_hub_download
 

@@ -158,6 +158,8 @@ class _Sitting:
         if self.optimizer.best is not None:
             self._save_best(self._best(self.optimizer.best))  # the last sitting may have died just before
         try:
+            if self.genome.search.trials > len(history) and not self._workers.spent:
+                self._workers.facts()  # what does not fit is said before a trial is on record or paid for
             self._find_mode()
             reason = self._search()
             if self.optimizer.best is None:

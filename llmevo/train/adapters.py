@@ -107,7 +107,8 @@ class Targets:
         """
         if settings.layers is not None and settings.layers > self.layers:
             raise GenomeError(
-                f"`train.layers` must be <= {self.layers}, the model's layers, but got {settings.layers}."
+                f"`train.layers` must be <= {self.layers}, the model's layers, but may be "
+                f"{settings.layers}; lower it."
             )
         last = settings.layers or self.layers
         names = self._of_kind(settings.target_modules)

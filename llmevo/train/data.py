@@ -79,7 +79,8 @@ def load(spec: DataSpec, tokenizer: Any, context: int, seed: int, kind: Kind = "
     longest = min(spec.max_length or context, context)
     if spec.max_length is not None and spec.max_length > context:
         raise GenomeError(
-            f"`train.data.max_length` must be <= {context}, the model's context, but got {spec.max_length}."
+            f"`train.data.max_length` must be <= {context}, the model's context, but got {spec.max_length}; "
+            "lower it."
         )
     rows = _split(spec, seed, kind if kind in ("classification", "regression") else "lm")
     labels = _labels(rows) if kind == "classification" else []
@@ -104,9 +105,11 @@ def load(spec: DataSpec, tokenizer: Any, context: int, seed: int, kind: Kind = "
         cut[part] = len(over) if spec.too_long == "cut" else 0
         dropped[part] = len(examples) - len(parts[part])
         if not parts[part]:
+            became = "cut off before their first token to learn" if cut[part] else "dropped for being longer"
             raise GenomeError(
-                f"`train.data` must give the {part} part at least one example, but all {len(examples)} were "
-                f"dropped for being longer than {longest} tokens; raise `train.data.max_length`."
+                f"`train.data` must give the {part} part at least one example, but with at most {longest} "
+                f"tokens all {len(examples)} were {became}; raise `train.data.max_length` up to the model's "
+                f"context, {context}, or shorten them."
             )
     known = {_identity(e) for e in parts["train"]}
     repeated: dict[Part, int] = {
@@ -141,7 +144,10 @@ def _labels(rows: dict[Part, list[Row]]) -> list[str | int]:
     kinds = {type(label) for label in found}
     if len(kinds) > 1:
         odd = next(row for label, row in found.items() if type(label) is not type(next(iter(found))))
-        raise GenomeError(f"{odd.where}: all labels must be texts or all whole numbers, but they are mixed.")
+        raise GenomeError(
+            f"{odd.where}: all labels must be texts or all whole numbers, but {odd.content['label']!r} is of "
+            "another kind than those before; write all in one way."
+        )
     if len(found) < 2:
         raise GenomeError(
             f"`train.data` must have at least two labels to tell apart, but has only {next(iter(found))!r}; "

@@ -11,7 +11,7 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from llmevo.errors import GenomeError, StageError
+from llmevo.errors import StageError
 from llmevo.genome.own import NLL, OWN_TASKS
 from llmevo.train import metrics
 from llmevo.train.classify import HeadForward
@@ -44,20 +44,6 @@ class Judge:
     data: Examples
     context: int
     most: int | None = None
-
-    def check(self, names: Sequence[str]) -> None:
-        """Check that the examples have what the metrics need.
-
-        Raises:
-            GenomeError: A metric on answers, and an example without a prompt.
-        """
-        asking = [name for name in names if OWN_TASKS[name].generates]
-        examples = [e for part in ("validation", "test") for e in self.data.parts[part]]
-        if asking and not all(e.text is not None and len(e.text.prompt) for e in examples):
-            raise GenomeError(
-                f"`tasks` names {asking[0]}, for which every example must have something to answer; give "
-                "`prompt` and `completion`, or `messages`, or remove the task."
-            )
 
     def measure(self, part: Part, names: Sequence[str]) -> tuple[dict[str, Measured], float | None]:
         """Each metric with one number per example, in stored order; and the share of answers without an end.

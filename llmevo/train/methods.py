@@ -51,7 +51,7 @@ def _check_rank(adapter: str, rank: int, modules: dict[str, tuple[int, int]]) ->
     name, shape = min(modules.items(), key=lambda item: min(item[1]))
     most, what = min(shape), "the smaller side"
     if adapter == "adalora":
-        rank = first_rank(rank)
+        most, what = most * 2 // 3, "two thirds of the smaller side (adalora begins with half more)"
     if adapter == "shira":
         name, shape = min(modules.items(), key=lambda item: math.prod(item[1]) / sum(item[1]))
         most, what = math.prod(shape) // sum(shape), "the elements over the sum of the sides"

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, final
 
 from llmevo.errors import GenomeError
-from llmevo.genome.train import DataSpec
 
 _KINDS = ("messages", "prompt", "text")
+_ONE_A_LINE = "write each row as one object in a line of its own"
+_RENAME = "rename the columns, or say in `train.data.columns` which is which"
+_JSON = {list: "list", str: "text", int: "number", float: "number", bool: "truth value"}
+_SHOWN = 40  # characters of a bad line
 _FILES = (".jsonl", ".json", ".parquet")
 
 
@@ -32,21 +35,6 @@ class Row:
     content: dict[str, Any]
 
 
-def check_data(spec: DataSpec, head: str = "lm") -> dict[str, int]:
-    """Read and check the data, without a tokenizer; return the number of rows of each source.
-
-    Args:
-        spec: The data.
-        head: `train.head`, which says what a row must have.
-
-    Raises:
-        GenomeError: A file is not there, has no rows, or a row is not an example.
-    """
-    others = (spec.validation, spec.test, spec.general, spec.general_test if spec.general else None)
-    sources = [spec.train, *(source for source in others if isinstance(source, str))]
-    return {source: len(read(source, spec.columns, head)) for source in sources}
-
-
 def read(source: str, columns: Mapping[Any, str], head: str) -> list[Row]:
     """The rows of a file, or of a data set for `datasets`.
 
@@ -56,7 +44,7 @@ def read(source: str, columns: Mapping[Any, str], head: str) -> list[Row]:
         head: `train.head`.
 
     Raises:
-        GenomeError: See `check_data`.
+        GenomeError: A file is not there, has no rows, or a row is not an example.
     """
     path = Path(source)
     if path.is_file():
@@ -68,12 +56,12 @@ def read(source: str, columns: Mapping[Any, str], head: str) -> list[Row]:
     check = _check_labelled if head != "lm" else _check_row
     rows = [check(where, _renamed(where, content, columns), head) for where, content in found]
     if not rows:
-        raise GenomeError(f"`train.data` names {source}, which has no rows; add examples.")
+        raise GenomeError(f"`train.data` must have rows, but {source} has none; add examples.")
     kinds = sorted({row.kind for row in rows})
     if len(kinds) > 1:
         raise GenomeError(
-            f"{source}: all rows must be of one kind, but there are rows with {' and with '.join(kinds)}; "
-            "write them to files of their own."
+            f"`train.data`: all rows of {source} must be of one kind, but there are rows with "
+            f"{' and with '.join(kinds)}; write them to files of their own."
         )
     return rows
 
@@ -84,8 +72,8 @@ def _renamed(where: str, content: Any, columns: Mapping[Any, str]) -> Any:
     for ours, theirs in columns.items():
         if theirs not in content and ours != "text_pair":
             raise GenomeError(
-                f"{where}: `train.data.columns` takes {ours!r} from {theirs!r}, which is not there; it has "
-                f"{sorted(content)}."
+                f"{where}: `train.data.columns` takes {ours!r} from {theirs!r}, which is not there; name "
+                f"some of {', '.join(sorted(content))}."
             )
     taken = {ours: content[theirs] for ours, theirs in columns.items() if theirs in content}
     return {**{key: content[key] for key in content if key not in columns.values()}, **taken}
@@ -95,15 +83,21 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise GenomeError(f"{path}: it must be JSON lines in UTF-8, but cannot be read ({error}).") from None
+        raise GenomeError(
+            f"`train.data`: {path} must be JSON lines in UTF-8, but cannot be read ({error}); write it anew."
+        ) from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        where = f"`train.data`: {path}, line {number}"
         try:
             yield where, json.loads(line)
         except ValueError as error:
-            raise GenomeError(f"{where}: it must be a JSON object, but is not ({error}).") from None
+            reason = getattr(error, "msg", str(error))
+            raise GenomeError(
+                f"{where}: each line must be a JSON object, but this one is not ({reason}): "
+                f"{_short(line)}; {_ONE_A_LINE}."
+            ) from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -114,10 +108,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowInvalid) as error:
         reason = " ".join(str(error).split())
-        raise GenomeError(f"{path}: it must be a parquet file, but cannot be read ({reason}).") from None
+        raise GenomeError(
+            f"`train.data`: {path} must be a parquet file, but cannot be read ({reason}); write it anew."
+        ) from None
     for number, row in enumerate(rows):
         # A column that some rows lack is null there.
-        yield f"{path}, row {number}", _without_nulls(row)
+        yield f"`train.data`: {path}, row {number}", _without_nulls(row)
 
 
 def _data_set(source: str) -> Iterator[tuple[str, Any]]:
@@ -152,7 +148,7 @@ def _data_set(source: str) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(found):
         # Test splits that keep their labels to themselves have -1.
         named = {key: names[key](row[key]) for key in names if row[key] is not None and row[key] >= 0}
-        yield f"{source}, row {number}", _without_nulls({**row, **named})
+        yield f"`train.data`: {source}, row {number}", _without_nulls({**row, **named})
 
 
 def _named(source: str) -> tuple[str, str]:
@@ -169,7 +165,7 @@ def _check_row(where: str, content: Any, head: str) -> Row:
     kind = next((k for k in _KINDS if isinstance(content, dict) and k in content), None)
     if kind is None:
         raise GenomeError(
-            f"{where}: an example must have `text`, `prompt` and `completion`, or `messages`, but got "
+            f"{where}: an example must have `text`, `prompt` and `completion`, or `messages`, but "
             f"{_keys(content)}."
         )
     if kind == "messages":
@@ -183,8 +179,7 @@ def _check_row(where: str, content: Any, head: str) -> Row:
 def _check_labelled(where: str, content: Any, head: str) -> Row:
     if not isinstance(content, dict) or "text" not in content or "label" not in content:
         raise GenomeError(
-            f"{where}: with the head {head} an example must have `text` and `label`, but got "
-            f"{_keys(content)}."
+            f"{where}: with the head {head} an example must have `text` and `label`, but {_keys(content)}."
         )
     _check_text(where, content, "text")
     if "text_pair" in content:
@@ -192,7 +187,7 @@ def _check_labelled(where: str, content: Any, head: str) -> Row:
     label = content["label"]
     number = isinstance(label, (int, float)) and not isinstance(label, bool)
     if head == "regression" and not (number and math.isfinite(label)):
-        raise GenomeError(f"{where}: `label` must be a finite number, but got {label!r}.")
+        raise GenomeError(f"{where}: `label` must be a finite number, but got {label!r}; mend it.")
     whole = isinstance(label, int) and (isinstance(label, bool) or label >= 0)
     if head == "classification" and not (whole or (isinstance(label, str) and label)):
         raise GenomeError(
@@ -202,14 +197,24 @@ def _check_labelled(where: str, content: Any, head: str) -> Row:
     return Row(where, "label", content)
 
 
-def _keys(content: Any) -> Any:
-    return sorted(content) if isinstance(content, dict) else type(content).__name__
+def _keys(content: Any) -> str:
+    """What a row has in place of what it should have, and what to do."""
+    if not isinstance(content, dict):
+        return f"this is the {_JSON.get(type(content), 'null')} {_short(content)}; {_ONE_A_LINE}"
+    return f"it has only {', '.join(sorted(content)) or 'nothing'}; {_RENAME}"
+
+
+def _short(value: Any) -> str:
+    text = str(value).strip()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _check_text(where: str, content: dict[str, Any], key: str, may_be_empty: bool = False) -> None:
     value = content.get(key)
     if not isinstance(value, str) or not (value or may_be_empty):
-        raise GenomeError(f"{where}: `{key}` must be a text that is not empty, but got {value!r}.")
+        got = f"got {_short(repr(value))}" if key in content else "the row has none"
+        may = "text" if may_be_empty else "text that is not empty"
+        raise GenomeError(f"{where}: `{key}` must be a {may}, but {got}; fill it in, or remove the row.")
 
 
 def _check_messages(where: str, messages: Any) -> None:
@@ -218,9 +223,10 @@ def _check_messages(where: str, messages: Any) -> None:
         for m in messages
     )
     if not good:
-        raise GenomeError(f"{where}: `messages` must be a list of `role` and `content`, both texts.")
+        raise GenomeError(f"{where}: `messages` must be a list of `role` and `content`, both texts; mend it.")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles[1:] or roles[0] == "assistant":
         raise GenomeError(
-            f"{where}: `messages` must hold an assistant's turn after another's, but the roles are {roles}."
+            f"{where}: `messages` must hold an assistant's turn after another's, but the roles are {roles}; "
+            "add the answer, or remove the row."
         )

@@ -7,8 +7,9 @@ smallest budget.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from llmevo.errors import GenomeError, StageError
+from llmevo.errors import GenomeError
 from llmevo.genome.sections import HalvingSpec
 from llmevo.genome.train import TrainSettings, TrainSpec, values_of
 from llmevo.train.data import Example
@@ -32,17 +33,15 @@ def shares_of(
         The shares, and why there are none; that is empty where there are some, or none are wanted.
 
     Raises:
-        GenomeError: A budget has nothing to learn, or rungs are asked for where they do not fit.
+        GenomeError: A budget ends within the first batch, or rungs are asked for where they do not fit.
     """
     shortest = TrainSettings(
         batch_size=max(values_of(spec.batch_size)),
         tokens=min((v for v in values_of(spec.tokens) if v is not None), default=None),
         epochs=min((v for v in values_of(spec.epochs) if v is not None), default=1.0),
     )
-    try:
-        steps = plan(examples, shortest, seed)
-    except StageError as error:
-        raise GenomeError(str(error).removeprefix("train: ")) from None
+    _check_budget(shortest, examples, seed)
+    steps = plan(examples, shortest, seed)
     if halving.enabled is False:
         return (), ""
     shares = tuple(halving.tokens.shares)
@@ -50,6 +49,23 @@ def shares_of(
     if why and halving.enabled:
         raise GenomeError(f"`search.halving.enabled` must not be true here: {why}.")
     return ((), why) if why else (shares, "")
+
+
+def _check_budget(shortest: TrainSettings, examples: Sequence[Example], seed: int) -> None:
+    """A budget that ends within the first batch is a mistake: it would be one step on a part of a batch."""
+    whole = tokens_of(plan(examples, replace(shortest, tokens=None, epochs=1.0), seed)[:1])
+    of = f"the tokens of a first batch of {shortest.batch_size} examples"
+    if shortest.tokens is not None and shortest.tokens < whole:
+        raise GenomeError(
+            f"`train.tokens` must be >= {whole}, {of}, but may be {shortest.tokens}; raise it, or lower "
+            "`train.batch_size`."
+        )
+    total = sum(map(len, examples))
+    if shortest.tokens is None and round(shortest.epochs * total) < whole:
+        raise GenomeError(
+            f"`train.epochs` must give >= {whole}, {of}, but may be {shortest.epochs:g}, which gives "
+            f"{round(shortest.epochs * total)}; raise it, or lower `train.batch_size`."
+        )
 
 
 def _misfit(spec: TrainSpec, shares: Sequence[float], steps: Sequence[Step], batch: int, fewest: int) -> str:

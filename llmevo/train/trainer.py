@@ -18,7 +18,7 @@ from llmevo.genome.own import OWN_TASKS, VALIDATION_LOSS
 from llmevo.genome.sections import HalvingSpec
 from llmevo.genome.train import TrainSettings, TrainSpec, values_of
 from llmevo.space import Params
-from llmevo.train import adapters, data, methods, nf4
+from llmevo.train import adapters, check, methods, nf4
 from llmevo.train.classify import HeadForward, fit_head
 from llmevo.train.data import Part
 from llmevo.train.forward import Forward, Losses
@@ -28,7 +28,6 @@ from llmevo.train.loop import Step, Training, mean_of_late, order, plan, tokens_
 from llmevo.train.measure import Judge, sums
 from llmevo.train.metrics import Measured
 from llmevo.train.seq2seq import PairForward
-from llmevo.train.shares import shares_of
 from llmevo.train.tokenise import Kind
 from llmevo.trial import Split
 
@@ -88,23 +87,14 @@ class Trainer:
         metrics: Sequence[str] = (VALIDATION_LOSS,),
         halving: HalvingSpec = _HALVING,
     ) -> None:
-        kind = _kind(spec, model)
-        if any(values_of(spec.checkpointing)) and not model.supports_gradient_checkpointing:
-            raise GenomeError(
-                f"`train.checkpointing` must be false: {type(model).__name__} cannot recompute activations."
-            )
         self._spec, self._model, self._seed = spec, model, seed
-        self._targets = adapters.Targets(model)
-        methods.check(spec, self._targets)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        self._data = data.load(spec.data, tokenizer, context, seed, kind)
-        self._check_batches()
-        self.shares, self._undivided = shares_of(spec, halving, self._data.parts["train"], seed)
+        found = check.prepare(spec, model, tokenizer, seed=seed, metrics=metrics, halving=halving)
+        self._targets, self._data = found.targets, found.data
+        self.shares, self._undivided = found.shares, found.undivided
         self.reached = 0
-        self._forward = self._make_forward(kind, tokenizer)
+        self._forward = self._make_forward(found.kind, tokenizer)
         self._metrics = tuple(metrics)
-        self._judge = Judge(self._forward, model, tokenizer, self._data, context, spec.max_new_tokens)
-        self._judge.check(self._metrics)
+        self._judge = Judge(self._forward, model, tokenizer, self._data, found.context, spec.max_new_tokens)
         self._facts = self._data.describe()
 
     @cached_property
@@ -131,14 +121,6 @@ class Trainer:
             return PairForward(self._model)
         fit_head(self._model, self._data.labels, self._seed)
         return HeadForward(self._model, filler(tokenizer))
-
-    def _check_batches(self) -> None:
-        largest, count = max(values_of(self._spec.batch_size)), len(self._data.parts["train"])
-        if largest > count:
-            raise GenomeError(
-                f"`train.batch_size` must be <= the number of training examples, {count}, but may be "
-                f"{largest}; lower it, or add examples."
-            )
 
     def settings(self, params: Params) -> TrainSettings:
         """The hyperparameters at a point of the space."""
@@ -314,12 +296,6 @@ class Trainer:
             training.history.append({"epochs": ends[step], **values})
 
         return told
-
-
-def _kind(spec: TrainSpec, model: Any) -> Kind:
-    if spec.head != "lm":
-        return spec.head
-    return "seq2seq" if model.config.is_encoder_decoder else "causal"
 
 
 def _state(folder: Path, key: str) -> Path:

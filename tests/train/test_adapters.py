@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from llmevo.errors import GenomeError, StageError  # noqa: E402
+from llmevo.errors import StageError  # noqa: E402
 from llmevo.genome.train import ADAPTERS, TrainSettings, TrainSpec  # noqa: E402
 from llmevo.train import Trainer, adapters, methods  # noqa: E402
 
@@ -57,7 +57,7 @@ def test_lorafa_freezes_a_and_loraplus_speeds_up_b(
         """How far the first step moved A and B; AdamW's first step is the learning rate."""
         from safetensors.torch import load_file
 
-        spec = make_spec(adapter=adapter, tokens=100, batch_size=16, warmup=0, clip=0, learning_rate=1e-3)
+        spec = make_spec(adapter=adapter, batch_size=64, warmup=0, clip=0, learning_rate=1e-3)
         trainer = Trainer(spec, tiny, tokenizer, seed=0)
         with trainer.candidate(spec.settings({}), 0, "b", tmp_path / adapter) as trained:
             assert trained.metrics["steps"] == 1
@@ -203,23 +203,6 @@ def test_targets_of_a_gpt2_that_names_two_modules_alike() -> None:
         wrapped = {n for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert wrapped == {"transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"}
     assert not any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"target_modules": ["q_proj", "qkv"]}, r"'qkv' matches none; name some of down_proj, gate_proj"),
-        ({"rank": {"choice": [4, 64]}}, r"`train.rank` must be <= 32, .*k_proj.* may be 64"),
-        ({"rank": 30, "adapter": "adalora"}, r"`train.rank` must be <= 32, .* may be 45"),
-        ({"layers": {"int": [1, 5]}}, r"`train.layers` must be <= 4, the model's layers, but got 5"),
-        ({"batch_size": {"int": [8, 65]}}, r"`train.batch_size` must be <= .* 64, but may be 65"),
-    ],
-)
-def test_what_does_not_fit_is_said_before_the_first_step(
-    tiny: Any, tokenizer: Any, make_spec: Callable[..., Any], settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(GenomeError, match=message):
-        Trainer(make_spec(**settings), tiny, tokenizer, seed=0)
 
 
 def test_a_rank_that_fits_the_chosen_modules_is_allowed(

@@ -1,0 +1,101 @@
+"""What may be wrong with a training, found before its first step: the model, the data, the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from llmevo.errors import GenomeError
+from llmevo.genome.own import OWN_TASKS
+from llmevo.genome.sections import HalvingSpec
+from llmevo.genome.train import TrainSpec, values_of
+from llmevo.train import data, methods
+from llmevo.train.adapters import Targets
+from llmevo.train.data import Examples
+from llmevo.train.shares import shares_of
+from llmevo.train.tokenise import Kind
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a training is made from, checked.
+
+    Args:
+        kind: Of model.
+        targets: The modules that adapters may wrap.
+        context: Most tokens that the model takes.
+        data: The examples.
+        shares: Of the tokens, at which the rungs below the last end; empty where each training is a whole.
+        undivided: Why there are no shares; empty where there are some, or none are wanted.
+    """
+
+    kind: Kind
+    targets: Targets
+    context: int
+    data: Examples
+    shares: tuple[float, ...]
+    undivided: str
+
+
+def prepare(
+    spec: TrainSpec,
+    model: Any,
+    tokenizer: Any,
+    *,
+    seed: int,
+    metrics: Sequence[str],
+    halving: HalvingSpec,
+) -> Prepared:
+    """Read the examples, and check them and all that the genes may choose against the model.
+
+    Args:
+        spec: The section `train` of the genome.
+        model: A transformers model; no weight is read, so its tensors may be torch's `meta` ones.
+        tokenizer: The model's tokenizer.
+        seed: The run's, which the split follows.
+        metrics: Which of `OWN_TASKS` are measured.
+        halving: Where trainings stop to be compared.
+
+    Raises:
+        GenomeError: The data, the model or a hyperparameter does not fit.
+    """
+    if any(values_of(spec.checkpointing)) and not model.supports_gradient_checkpointing:
+        raise GenomeError(
+            f"`train.checkpointing` must be false: {type(model).__name__} cannot recompute activations."
+        )
+    kind = _kind(spec, model)
+    targets = Targets(model)
+    methods.check(spec, targets)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    examples = data.load(spec.data, tokenizer, context, seed, kind)
+    _check_batches(spec, len(examples.parts["train"]))
+    shares, undivided = shares_of(spec, halving, examples.parts["train"], seed)
+    _check_metrics(metrics, examples)
+    return Prepared(kind, targets, context, examples, shares, undivided)
+
+
+def _kind(spec: TrainSpec, model: Any) -> Kind:
+    if spec.head != "lm":
+        return spec.head
+    return "seq2seq" if model.config.is_encoder_decoder else "causal"
+
+
+def _check_batches(spec: TrainSpec, count: int) -> None:
+    largest = max(values_of(spec.batch_size))
+    if largest > count:
+        raise GenomeError(
+            f"`train.batch_size` must be <= the number of training examples, {count}, but may be "
+            f"{largest}; lower it, or add examples."
+        )
+
+
+def _check_metrics(names: Sequence[str], examples: Examples) -> None:
+    asking = [name for name in names if OWN_TASKS[name].generates]
+    asked = [e for part in ("validation", "test") for e in examples.parts[part]]
+    if asking and not all(e.text is not None and len(e.text.prompt) for e in asked):
+        raise GenomeError(
+            f"`tasks` names {asking[0]}, for which every example must have something to answer; give "
+            "`prompt` and `completion`, or `messages`, or remove the task."
+        )
