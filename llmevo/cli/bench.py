@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmevo.cli.options import Json, Verbose
 from llmevo.cli.output import say, say_json
 
 app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
@@ -44,8 +45,8 @@ def adapters(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write the results as JSON, too.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train every method on the same tokens: trainable share, time per step, memory, held-out loss."""
     from contextlib import nullcontext

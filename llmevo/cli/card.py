@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from llmevo.cli import trained
@@ -88,12 +87,16 @@ def _origin(merged: bool, tuned: bool) -> str:
 def _training(findings: Findings, settings: TrainSettings) -> str:
     spec = findings.genome.train
     data = "" if spec is None else f" on `{Path(spec.data.train).name}`"
-    chosen = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if value is not None)
+    chosen = ", ".join(f"{name} {_value(value)}" for name, value in settings.held().items())
     return f"""
 ## Training
 
 An adapter trained{data}: {chosen}.
 """
+
+
+def _value(value: object) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _evidence(findings: Findings, trial: Trial) -> str:

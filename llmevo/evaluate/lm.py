@@ -182,6 +182,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         """HFLM's, but a row that has met any of its stops is done, whatever stops the others meet."""
         stops = [text for text in stop if text]
         start = context.shape[1]
+        if self.backend == "seq2seq":  # a decoder begins with one token of its own, not with the context
+            start, max_length = 1, 1 + max_length - start
         tokens: torch.Tensor
         if self._reference:
             tokens = super()._model_generate(context, max_length, stop, **generation_kwargs)

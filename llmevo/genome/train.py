@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, TypeAlias, final
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from llmevo.errors import SpaceError
+from llmevo.genome.rule import Rule
 from llmevo.genome.spec import ChoiceGene, Fixed, FloatGene, GeneSpec, IntGene, Spec, setting_kind
 from llmevo.space import Categorical, Condition, Float, Gene, Int, Value
 
@@ -66,67 +67,29 @@ _Setting: TypeAlias = Annotated[
 ]
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """What a hyperparameter may be."""
-
-    kind: Literal["int", "float", "choice", "bool"]
-    low: float = 0.0
-    high: float = float("inf")
-    open_low: bool = False
-    open_high: bool = False
-    choices: tuple[str, ...] = ()
-    optional: bool = False
-
-    def __str__(self) -> str:
-        if self.kind == "choice":
-            return "one of " + ", ".join(self.choices)
-        if self.kind == "bool":
-            return "true or false"
-        what = "a whole number" if self.kind == "int" else "a number"
-        what += f" {'>' if self.open_low else '>='} {self.low:g}"
-        if self.high < float("inf"):
-            what += f" and {'<' if self.open_high else '<='} {self.high:g}"
-        return what + (", or null" if self.optional else "")
-
-    def holds(self, value: object) -> bool:
-        """Whether `value` is allowed."""
-        if value is None:
-            return self.optional
-        if self.kind == "choice":
-            return isinstance(value, str) and value in self.choices
-        if self.kind == "bool" or isinstance(value, bool):
-            return self.kind == "bool" and isinstance(value, bool)
-        if not isinstance(value, (int, float)) or (self.kind == "int" and int(value) != value):
-            return False
-        above = value > self.low if self.open_low else value >= self.low
-        return above and (value < self.high if self.open_high else value <= self.high)
-
-
 _RULES = {
-    "adapter": _Rule("choice", choices=ADAPTERS),
-    "rank": _Rule("int", 1),
-    "alpha": _Rule("float", 0, open_low=True, optional=True),
-    "alpha_over_rank": _Rule("float", 0, open_low=True, optional=True),
-    "dropout": _Rule("float", 0, 1, open_high=True),
-    "init": _Rule("choice", choices=INITS),
-    "target_modules": _Rule("choice", choices=TARGETS),
-    "layers": _Rule("int", 1, optional=True),
-    "learning_rate": _Rule("float", 0, 10, open_low=True),
-    "schedule": _Rule("choice", choices=("constant", "wsd")),
-    "warmup": _Rule("float", 0, 1, open_high=True),
-    "decay": _Rule("float", 0, 1),
-    "weight_decay": _Rule("float", 0),
-    "batch_size": _Rule("int", 1),
-    "epochs": _Rule("float", 0, open_low=True, optional=True),
-    "tokens": _Rule("int", 1, optional=True),
-    "accumulation": _Rule("int", 1),
-    "clip": _Rule("float", 0),
-    "loraplus_ratio": _Rule("float", 0, open_low=True),
-    "delta_lambda": _Rule("float", 0, open_low=True),
-    "delta_start": _Rule("float", 0, 1, open_high=True),
-    "checkpointing": _Rule("bool"),
+    "adapter": Rule("choice", choices=ADAPTERS),
+    "rank": Rule("int", 1),
+    "alpha": Rule("float", 0, open_low=True, optional=True),
+    "alpha_over_rank": Rule("float", 0, open_low=True, optional=True),
+    "dropout": Rule("float", 0, 1, open_high=True),
+    "init": Rule("choice", choices=INITS),
+    "target_modules": Rule("choice", choices=TARGETS),
+    "layers": Rule("int", 1, optional=True),
+    "learning_rate": Rule("float", 0, 10, open_low=True),
+    "schedule": Rule("choice", choices=("constant", "wsd")),
+    "warmup": Rule("float", 0, 1, open_high=True),
+    "decay": Rule("float", 0, 1),
+    "weight_decay": Rule("float", 0),
+    "batch_size": Rule("int", 1),
+    "epochs": Rule("float", 0, open_low=True, optional=True),
+    "tokens": Rule("int", 1, optional=True),
+    "accumulation": Rule("int", 1),
+    "clip": Rule("float", 0),
+    "loraplus_ratio": Rule("float", 0, open_low=True),
+    "delta_lambda": Rule("float", 0, open_low=True),
+    "delta_start": Rule("float", 0, 1, open_high=True),
+    "checkpointing": Rule("bool"),
 }
 
 
@@ -217,6 +180,14 @@ class TrainSettings:
     def starts_from_base(self) -> bool:
         """Whether the adapter's first weights are taken out of the base's."""
         return self.adapter == "pissa" or (self.adapter in FREE_INIT and self.init in BASE_INITS)
+
+    def held(self) -> dict[str, Any]:
+        """Those that had an effect, by name: not `epochs` beside a budget in tokens, say."""
+        idle = {name for name, users in _USED_BY.items() if self.adapter not in users}
+        idle |= {"decay"} if self.schedule != "wsd" else set()
+        idle |= {"epochs"} if self.tokens is not None else {"tokens"}
+        idle |= {"layers"} if self.layers is None else set()
+        return {name: value for name, value in asdict(self).items() if name not in idle}
 
 
 DEFAULTS = TrainSettings()

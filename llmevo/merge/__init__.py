@@ -26,8 +26,7 @@ which is half a unit of each adapted matrix, times its weight, beside the bounds
 their weights and masks follow from the recipe as mergekit's planner resolves it.
 """
 
-import logging
-
+from llmevo import quiet
 from llmevo.merge.export import export as export
 from llmevo.merge.loaded import Loaded as Loaded
 from llmevo.merge.loaded import copy_of as copy_of
@@ -36,5 +35,4 @@ from llmevo.merge.loaded import skeleton as skeleton
 from llmevo.merge.merger import Merger as Merger
 from llmevo.merge.parents import check_parents as check_parents
 
-# mergekit imports peft, which imports bitsandbytes where it is; that logs that it would like another package.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+quiet.bitsandbytes()

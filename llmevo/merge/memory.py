@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmevo.errors import GenomeError
@@ -52,48 +53,21 @@ def plan(
     Raises:
         GenomeError: If all of it must be resident and does not fit, or not even the merged model does.
     """
-    first = next(iter(located.values()))
-    forms = {
-        name: "factors" if name in factors else "weights" if where.adapter is None else "changed"
-        for name, where in located.items()
-    }
-    located = bases(located, factors)
-    sizes = {
-        name: adapters.count_bytes(where) if name in factors else _bytes(where, dtype)
-        for name, where in located.items()
-    }
-    merged = _bytes(Located(first.name, first.folder, None), resident_dtype)
-    ranks = sum(sizes[name] for name in ranked) // dtype.itemsize
+    merged = _bytes(replace(next(iter(located.values())), adapter=None), resident_dtype)
+    models = _models(located, factors, dtype, device)
+    ranks = sum(models[name]["bytes"] for name in ranked) // dtype.itemsize
     free = available(device)
-    needed = sum(sizes.values()) + merged + ranks
-    fits = free is None or needed <= _SHARE * free
-    if memory == "resident" and not fits:
-        raise GenomeError(
-            f"`merge.memory` is resident, but the models and the merged model need {needed / 1e9:.1f} GB and "
-            f"{_SHARE * (free or 0) / 1e9:.1f} GB are free: set it to auto or streamed, or take fewer models"
-        )
-    streams = memory == "streamed" or not fits
-    places = dict.fromkeys(located, str(device))
+    needed, staging = sum(model["bytes"] for model in models.values()) + merged + ranks, 0
+    streams = memory == "streamed" or not _fits(needed, free, must=memory == "resident")
     if streams:
-        places |= _elsewhere({n: w for n, w in located.items() if n not in factors}, sizes, dtype, device)
-    copies = streams and device.type != "cpu"
-    staging = AREAS * len(located) * BLOCK * dtype.itemsize if copies else 0
-    if streams:
-        near = sum(size for name, size in sizes.items() if places[name] == str(device))
-        needed = near + merged + staging + (0 if copies else ranks)
-    if copies and free is not None and needed > _SHARE * free:
-        raise GenomeError(
-            f"`evaluate.device`: the merged model and what is copied to it block by block need "
-            f"{needed / 1e9:.1f} GB on {device}, and {_SHARE * free / 1e9:.1f} GB are free: take a larger "
-            "one, or the CPU"
-        )
+        _move(models, bases(located, factors), dtype, device)
+        near = sum(model["bytes"] for model in models.values() if model["where"] == str(device)) + merged
+        staging = 0 if device.type == "cpu" else _staging(near, len(models), dtype, device, free)
+        needed = near + staging + (ranks if device.type == "cpu" else 0)
     return {
         "mode": "streamed" if streams else "resident",
         "device": str(device),
-        "models": {
-            name: {"bytes": sizes[name], "where": places[name], "form": forms.get(name, "weights")}
-            for name in located
-        },
+        "models": models,
         "merged": merged,
         "staging": staging,
         "ranks": ranks,
@@ -102,19 +76,62 @@ def plan(
     }
 
 
-def _elsewhere(
-    located: Mapping[str, Located], sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device
-) -> dict[str, str]:
-    """Return where models lie that are not in the device's memory: in their files, or main memory."""
+def _models(
+    located: Mapping[str, Located], factors: Collection[str], dtype: torch.dtype, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Return the entry of each model, all of them in the device's memory."""
+    forms = {name: "weights" if where.adapter is None else "changed" for name, where in located.items()}
+    forms |= dict.fromkeys(factors, "factors")
+    return {
+        name: {
+            "bytes": adapters.count_bytes(where) if name in factors else _bytes(where, dtype),
+            "where": str(device),
+            "form": forms.get(name, "weights"),
+        }
+        for name, where in bases(located, factors).items()
+    }
+
+
+def _fits(needed: int, free: int | None, must: bool) -> bool:
+    """Return whether so many bytes may be resident; raise GenomeError if they `must` be and do not fit."""
+    fits = free is None or needed <= _SHARE * free
+    if must and not fits:
+        raise GenomeError(
+            f"`merge.memory` is resident, but the models and the merged model need {needed / 1e9:.1f} GB and "
+            f"{_SHARE * (free or 0) / 1e9:.1f} GB are free: set it to auto or streamed, or take fewer models"
+        )
+    return fits
+
+
+def _staging(near: int, models: int, dtype: torch.dtype, device: torch.device, free: int | None) -> int:
+    """Return the bytes that blocks of models are copied to; raise GenomeError if they do not fit."""
+    staging = AREAS * models * BLOCK * dtype.itemsize
+    if free is not None and near + staging > _SHARE * free:
+        raise GenomeError(
+            f"`evaluate.device`: the merged model and what is copied to it block by block need "
+            f"{(near + staging) / 1e9:.1f} GB on {device}, and {_SHARE * free / 1e9:.1f} GB are free: take a "
+            "larger one, or the CPU"
+        )
+    return staging
+
+
+def _move(
+    models: dict[str, dict[str, Any]],
+    located: Mapping[str, Located],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Say of models that leave the device's memory that they lie in their files, or main memory."""
     import torch
 
-    in_files = {name: "file" for name, where in located.items() if can_stream(where, dtype)}
-    if device.type == "cpu":
-        return in_files
-    free = available(torch.device("cpu"))
-    if free is None or sum(sizes[name] for name in located) <= _SHARE * free:
-        return dict.fromkeys(located, "host")
-    return dict.fromkeys(located, "host") | in_files
+    moved = {name: where for name, where in located.items() if models[name]["form"] != "factors"}
+    places = {name: "file" for name, where in moved.items() if can_stream(where, dtype)}
+    if device.type != "cpu":
+        free = available(torch.device("cpu"))
+        roomy = free is None or sum(models[name]["bytes"] for name in moved) <= _SHARE * free
+        places = dict.fromkeys(moved, "host") | ({} if roomy else places)
+    for name, place in places.items():
+        models[name]["where"] = place
 
 
 def can_stream(located: Located, dtype: torch.dtype) -> bool:

@@ -11,9 +11,9 @@ from llmevo.genome.own import OWN_TASKS
 from llmevo.genome.sections import HalvingSpec
 from llmevo.genome.train import TrainSpec, values_of
 from llmevo.train import data, methods
-from llmevo.train.adapters import Targets
 from llmevo.train.data import Examples
 from llmevo.train.shares import shares_of
+from llmevo.train.targets import Targets
 from llmevo.train.tokenise import Kind
 
 

@@ -38,12 +38,12 @@ def fuse(model: Path, adapter: Path) -> None:
     from transformers import AutoConfig
 
     from llmevo.train import nf4
-    from llmevo.train.adapters import linear_layers, quiet_peft
+    from llmevo.train.adapters import quiet_peft
 
     dtype = AutoConfig.from_pretrained(str(model)).dtype or torch.bfloat16
     base = _base(model, adapter)
     if _on_nf4(adapter):
-        for module in map(base.get_submodule, linear_layers(base)):
+        for module in map(base.get_submodule, nf4.modules(base)):
             module.weight.data = nf4.round_trip(module)
     try:
         with quiet_peft():

@@ -9,7 +9,8 @@ from llmevo.errors import GenomeError
 from llmevo.genome.spec import IntGene
 from llmevo.genome.train import FREE_INIT, PLAIN, TrainSettings, TrainSpec, values_of
 from llmevo.train import nf4
-from llmevo.train.adapters import MLP, Targets, quiet_peft
+from llmevo.train.adapters import quiet_peft
+from llmevo.train.targets import MLP, Targets
 
 _PISSA = "pissa_niter_16"  # the randomised SVD: minutes less than the full one, and as good a start
 _BY_NAME = ("ia3", "shira")  # methods that have no choice of layers in peft, so that modules have full names

@@ -2,8 +2,9 @@
 
 Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, arXiv 2305.14314; bitsandbytes computes it.
 The linear modules of all layers are swapped for 4-bit ones, whatever the adapter's targets are: that is the
-model that `BitsAndBytesConfig(load_in_4bit=True)` makes for who uses the adapter. The float modules are put
-aside and come back untouched, so that a trial takes the memory of the 4-bit weights more, not less.
+model that `BitsAndBytesConfig(load_in_4bit=True)` makes for who uses the adapter, GPT-2's and T5's too. The
+float modules are put aside and come back untouched, so that a trial takes the memory of the 4-bit weights
+more, not less.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmevo.errors import GenomeError
 from llmevo.genome.train import TrainSpec, values_of
+from llmevo.train.targets import linear_layers
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +43,16 @@ def size(elements: int) -> int:
     """Bytes that so many weights take as NF4 with double quantisation."""
     scales = -(-elements // _BLOCK)
     return -(-elements // 2) + scales + 4 * -(-scales // _BLOCK_OF_SCALES)
+
+
+def modules(model: Any) -> list[str]:
+    """The names of the modules that a user's 4-bit model has in 4 bits.
+
+    All linear ones in layers, but those that the architecture keeps in float: T5's `wo`, whose own forward
+    pass casts its input to the type of its weights.
+    """
+    kept = tuple(model._keep_in_fp32_modules or ())
+    return [name for name in linear_layers(model) if not name.endswith(kept)]
 
 
 @contextmanager

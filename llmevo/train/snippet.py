@@ -21,7 +21,7 @@ _FROM_BASE = "# The adapter starts from the base weights, which change: save it 
 _FROM_BASE += "# `path_initial_model_for_weight_conversion`."
 _NF4 = """\
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import {kind}, BitsAndBytesConfig
 
 quantization = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -29,8 +29,16 @@ quantization = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
-# model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16, quantization_config=quantization)
+# model = {kind}.from_pretrained(BASE{more}, dtype=torch.bfloat16, quantization_config=quantization)
 # The adapter that was trained here: PeftModel.from_pretrained(model, "best/adapter")"""
+_HEAD = """\
+# The head `score` is trained in full and saved with the adapter: `task_type` sees to it.
+# model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=...)"""
+_MODELS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+}
 _PAGED = "paged_adamw_8bit"
 _ARGUMENTS = {
     "CAUSAL_LM": ("trl", "SFTConfig"),
@@ -69,8 +77,12 @@ def snippet(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
             f"loraplus_lr_ratio={settings.loraplus_ratio!r}, "
             f"loraplus_weight_decay={settings.weight_decay!r}\n)"
         )
+    task = adapter["task_type"]
+    if task == "SEQ_CLS":
+        parts.append(_HEAD)
     if settings.adapter == "qlora":
-        parts.append(_NF4)
+        labels = ", num_labels=..." if task == "SEQ_CLS" else ""
+        parts.append(_NF4.format(kind=_MODELS[task], more=labels))
     if settings.starts_from_base:
         parts.append(_FROM_BASE)
     if settings.adapter in _NOTES:
@@ -87,6 +99,12 @@ def axolotl(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
         steps: Optimizer steps of the training, of which the warm-up is a share.
         longest: Longest example in tokens; None for the model's context.
     """
+    if adapter["task_type"] != "CAUSAL_LM":
+        what = "an encoder and a decoder" if adapter["task_type"] == "SEQ_2_SEQ_LM" else "a head"
+        return (
+            f"# axolotl's LoRA is for causal language models, not for {what}: take the settings for peft and "
+            "transformers.\n"
+        )
     if settings.adapter not in _IN_AXOLOTL:
         return f"# axolotl trains LoRA, not {settings.adapter}: take the settings for peft and TRL.\n"
     notes = ["# Beside these: `base_model` and `datasets`."]

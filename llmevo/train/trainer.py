@@ -130,7 +130,8 @@ class Trainer:
         """Facts for the run's record, as JSON: the examples, and how the model is computed."""
         facts = {**self._facts, "packed": self._forward.packed, "head_at_targets": self._forward.partial}
         if "qlora" in values_of(self._spec.adapter):
-            sizes = [nf4.size(n * m) for n, m in adapters.linear_layers(self._model).values()]
+            held = [self._model.get_submodule(name).weight.numel() for name in nf4.modules(self._model)]
+            sizes = list(map(nf4.size, held))
             facts["nf4"] = {"bytes": sum(sizes), "paged": self._model.device.type == "cuda"}
         prefix = self._forward.prefix if isinstance(self._forward, Forward) else None
         if prefix is not None:

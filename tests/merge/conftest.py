@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from llmevo.genome import MergeSpec
+
 
 def _save_lora(folder: Path, base: Path, *, seed: int, **options: Any) -> Path:
     """Save a PEFT LoRA on `base` whose B is not zero, as a trained one's."""
@@ -32,6 +34,20 @@ def _save_lora(folder: Path, base: Path, *, seed: int, **options: Any) -> Path:
                 parameter.copy_(torch.randn_like(parameter) * 0.05)
         peft.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def spec(tiny_llamas: Any) -> MergeSpec:
+    """The three tiny parents and their base."""
+    return MergeSpec(models=[str(p) for p in tiny_llamas.parents], base_model=str(tiny_llamas.base))
+
+
+@pytest.fixture(scope="module")
+def merger(spec: MergeSpec) -> Any:
+    """Their merger, which a module's tests share: what it holds depends on what was merged before."""
+    from llmevo.merge import Merger
+
+    return Merger(spec, device="cpu", dtype="bfloat16")
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,6 @@ from llmevo.merge import Merger
 torch = pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module")
-def spec(tiny_llamas) -> MergeSpec:
-    return MergeSpec(models=[str(p) for p in tiny_llamas.parents], base_model=str(tiny_llamas.base))
-
-
-@pytest.fixture(scope="module")
-def merger(spec) -> Merger:
-    return Merger(spec)
-
-
 def recipe_of(spec: MergeSpec, method: str, *, count: int = 3, **shared: Any) -> dict[str, Any]:
     """Two layer groups with filters, gradients and a negative weight; the base is not listed."""
 

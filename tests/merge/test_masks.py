@@ -235,16 +235,6 @@ def test_noise_is_the_same_in_both_engines() -> None:
     assert int(noise(5, 1, (7, 9), "cpu")) == int(noise(0, 6, (7, 9), "cpu")[5])
 
 
-@pytest.fixture(scope="module")
-def spec(tiny_llamas) -> MergeSpec:
-    return MergeSpec(models=[str(p) for p in tiny_llamas.parents], base_model=str(tiny_llamas.base))
-
-
-@pytest.fixture(scope="module")
-def merger(spec) -> Merger:
-    return Merger(spec)
-
-
 def _recipe(spec: MergeSpec, method: str, **parameters: Any) -> dict[str, Any]:
     models = [
         {"model": m, "parameters": {"weight": [0.3 - 0.4 * i, 0.8], **parameters}}

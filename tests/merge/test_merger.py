@@ -27,16 +27,6 @@ _TASK_VECTORS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def spec(tiny_llamas) -> MergeSpec:
-    return MergeSpec(models=[str(p) for p in tiny_llamas.parents], base_model=str(tiny_llamas.base))
-
-
-@pytest.fixture(scope="module")
-def merger(spec) -> Merger:
-    return Merger(spec, device="cpu", dtype="bfloat16")
-
-
 def _smooth(spec: MergeSpec, method: str, **extra: Any) -> dict[str, Any]:
     """One gradient over the layers for each model, as mergekit-evolve's `smooth` writes it."""
     weights = ([0.1, 0.9, 0.4], [0.7, 0.2], [0.5, -0.3, 0.6, 0.2])

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmevo.genome import MergeSpec
 from llmevo.merge import Merger, plan, weights
 
 torch = pytest.importorskip("torch")
@@ -28,16 +27,6 @@ _SETTING = st.one_of(
         _SIMPLE,
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def spec(tiny_llamas) -> MergeSpec:
-    return MergeSpec(models=[str(p) for p in tiny_llamas.parents], base_model=str(tiny_llamas.base))
-
-
-@pytest.fixture(scope="module")
-def merger(spec) -> Merger:
-    return Merger(spec)
 
 
 @st.composite

@@ -21,7 +21,6 @@ from llmevo.train import Trainer, adapters, methods  # noqa: E402
 from llmevo.train.data import Example  # noqa: E402
 from llmevo.train.loop import Training, plan  # noqa: E402
 
-SLOW = [pytest.param(a, marks=pytest.mark.slow) for a in ("dora", "pissa", "adalora", "vera")]
 PAD = 2  # the tokenizer's
 KINDS = ("t5", "llama", "gpt2")
 
@@ -151,35 +150,6 @@ def test_twelve_steps_are_those_of_peft_and_transformers_trainer(
     assert len(theirs) == 12
     assert ours.losses == pytest.approx(theirs, abs=1e-5)
     assert theirs[-1] < theirs[0] - 0.02
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("adapter", ["lora", "ia3", *SLOW])
-def test_an_adapter_learns_leaves_no_trace_and_loads_in_plain_peft(
-    kind: str, adapter: str, trained: Callable[..., Any], tokenizer: Any, tmp_path: Path
-) -> None:
-    spec, model, trainer = trained(kind, adapter=adapter, epochs=6, rank=4)
-    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    modules = [(name, type(module)) for name, module in model.named_modules()]
-    examples = trainer._data.parts["validation"]
-    collate = as_pairs if kind == "t5" else as_classes
-    batch = {key: torch.as_tensor(value) for key, value in collate(examples).items()}
-    with trainer.candidate(spec.settings({}), 3, "b", tmp_path / "trial") as ours, torch.no_grad():
-        logits = model(**batch).logits
-    assert ours.metrics["loss_last"] < 0.98 * ours.metrics["loss_first"]
-    assert [(name, type(module)) for name, module in model.named_modules()] == modules
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    assert not any(p.requires_grad for p in model.parameters())
-    alone = make(kind, len(tokenizer))
-    if kind != "t5":  # a user asks for the number of labels; the adapter brings the head
-        alone.score = torch.nn.Linear(32, 3, bias=False)
-        alone.num_labels = alone.config.num_labels = 3
-        alone.config.pad_token_id = model.config.pad_token_id
-    loaded = peft.PeftModel.from_pretrained(alone, tmp_path / "trial").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**batch).logits, logits, atol=2e-5, rtol=0)
-    with trainer.candidate(spec.settings({}), 3, "b", tmp_path / "trial"), torch.no_grad():
-        torch.testing.assert_close(model(**batch).logits, logits, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

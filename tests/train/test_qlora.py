@@ -23,8 +23,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.02}  # of what is written
 PROBE = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 
-def load_nf4(folder: Path, dtype: Any) -> Any:
-    """The folder's model, as a user loads it in 4 bits."""
+def load_nf4(folder: Path, dtype: Any, auto: Any = None) -> Any:
+    """The folder's model, as a user loads it in 4 bits; `auto` is its class, if it is no causal one."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -33,7 +33,8 @@ def load_nf4(folder: Path, dtype: Any) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization).eval()
+    auto = auto or AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=dtype, quantization_config=quantization).eval()
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):  # else a CPU may round to bfloat16
             module.support_avx512bf16_for_cpu = False

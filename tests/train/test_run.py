@@ -171,6 +171,8 @@ def test_export_gives_the_merged_model(
     card = (tmp_path / "model" / "README.md").read_text()
     assert "A fine-tune with an adapter that is added to the weights" in card
     assert "## Recipe" not in card
+    assert "epochs 2.0" in card
+    assert "tokens None" not in card
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     losers = {2, 3, 4} - {int(path.name[-4:]) for path in (run_dir / "adapters").iterdir()}
     where = ("export", str(run_dir), "--trial", str(min(losers)), "--out", str(tmp_path / "other"))

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from llmevo.genome.train import ADAPTERS, TrainSettings
-from llmevo.train.snippet import axolotl
+from llmevo.train.snippet import axolotl, snippet
 
-MODULES = {"target_modules": ["v_proj", "q_proj"]}
+MODULES = {"target_modules": ["v_proj", "q_proj"], "task_type": "CAUSAL_LM"}
 
 # Of axolotl's schemas peft.py, training.py and config.py; the value is a type that pydantic takes there.
 SCHEMA: dict[str, Any] = {
@@ -74,3 +74,19 @@ def test_what_axolotl_rounds_or_cuts_is_said() -> None:
     assert "12.4" in text
     assert "sequence_len" in text
     assert "sequence_len" not in found
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"), ("SEQ_CLS", "AutoModelForSequenceClassification")],
+)
+def test_what_is_no_causal_model_has_its_own_class_and_no_axolotl(task: str, kind: str) -> None:
+    adapter, settings = {**MODULES, "task_type": task}, TrainSettings(adapter="qlora")
+    python = snippet(settings, adapter, 40, None)
+    compile(python, "snippet", "exec")
+    assert f"import {kind}, BitsAndBytesConfig" in python
+    assert "trl" not in python
+    assert ("num_labels=..." in python) == ("`score`" in python) == (task == "SEQ_CLS")
+    text = axolotl(settings, adapter, 40, None)
+    assert yaml.safe_load(text) is None
+    assert "axolotl's LoRA is for causal language models" in text

@@ -197,3 +197,12 @@ def test_nothing_to_search_is_said() -> None:
         Recipes(parsed({}), 4)
     with pytest.raises(GenomeError, match=r"`genome.parameters` must be empty where one model is trained"):
         Recipes(parsed({"learning_rate": LOG}, genome={"models": ["m"], "parameters": {"weight": 1}}), 4)
+
+
+def test_what_had_an_effect_is_told_from_what_had_none() -> None:
+    whole = set(TrainSettings().held())
+    assert whole >= {"adapter", "rank", "alpha", "epochs", "batch_size", "init"}
+    assert not whole & {"tokens", "decay", "layers", "loraplus_ratio", "delta_lambda", "delta_start"}
+    assert TrainSettings(tokens=900).held().keys() ^ whole == {"tokens", "epochs"}
+    assert TrainSettings(schedule="wsd").held().keys() - whole == {"decay"}
+    assert whole - TrainSettings(adapter="ia3").held().keys() == {"rank", "alpha", "dropout", "init"}
