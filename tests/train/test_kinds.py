@@ -85,7 +85,7 @@ def test_qlora_trains_on_what_a_user_loads_in_4_bits(
     kind: str,
     make_spec: Any,
     tokenizer: Any,
-    files: dict[str, str],
+    files: dict[str, str],  # noqa: F811
     tmp_path: Path,
 ) -> None:
     """T5 keeps `wo` in float, and bitsandbytes turns GPT-2's modules round: so must we."""
