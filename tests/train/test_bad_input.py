@@ -182,6 +182,11 @@ CASES = {
         rank=22,
         adapter="adalora",
     ),
+    "a rank above SHiRA's": settings(
+        r"`train.rank` must be <= 21, the elements over the sum of the sides of .* but may be 32; lower",
+        rank=32,
+        adapter="shira",
+    ),
     "blocks that do not divide": settings(
         r"`train.rank`, with oft the side of its blocks, must divide the 64 .* may be 7; give a divisor",
         rank=7,
