@@ -32,7 +32,10 @@ SEED = 1
 RUN = "runs/lora-smollm2"
 FULL = {"train": 600, "validation": 120, "test": 300}
 SMALL = {"train": 40, "validation": 8, "test": 12}
-SMOKE = ("search.trials=4", "search.population=2", "train.tokens=120", "evaluate.finalists=1")
+SMOKE = (
+    *("search.trials=4", "search.population=2", "evaluate.finalists=1"),
+    *("train.tokens=120", "train.batch_size=4"),
+)
 
 
 def examples(base: Path, sizes: dict[str, int]) -> dict[str, list[data.Fact]]:
