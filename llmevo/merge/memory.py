@@ -37,18 +37,15 @@ def plan(
         dtype: Of the models in memory.
         resident_dtype: Of the merged model.
         device: Where merges are computed.
-        memory: `resident`: all in the device's memory. `streamed`: on a CPU, read from their files, which are
-            mapped, for each merge; on a GPU, copied from main memory (pinned) block by block, or from the
-            files where main memory has no room either. `auto`: resident where there is room.
-        factors: Names of the adapters that stay factors. Their base is held too, whether or not it is one of
-            the models.
+        memory: `resident`: in the device's memory. `streamed`: on a CPU, read from mapped files a merge;
+            on a GPU, copied block by block from pinned memory, or from files. `auto`: resident if it fits.
+        factors: Names of the adapters that stay factors; their base is held too, in any case.
         ranked: Models whose differences' ranks are held too, a byte an element: those that DELLA masks.
 
     Returns:
-        Plain data: `mode`, `device`, `models` (by name, `bytes`, `where`, which is a device, `host` or
-        `file`, and `form`: `weights`, `changed` for the tensors that an adapter changes, `factors`),
-        `merged` (the merged model's bytes), `staging` (what blocks are copied to), `ranks`, `needed` and
-        `available` (bytes of the device; None where the system does not say).
+        Plain data: `mode`, `device`, `models` (by name, `bytes`, `where`: a device, `host` or `file`, and
+        `form`: `weights`, `changed` for the tensors that an adapter changes, `factors`), the bytes `merged`,
+        `staging` (where blocks are copied to), `ranks`, `needed` and `available` (None where unknown).
 
     Raises:
         GenomeError: If all of it must be resident and does not fit, or not even the merged model does.
@@ -56,12 +53,11 @@ def plan(
     merged = _bytes(replace(next(iter(located.values())), adapter=None), resident_dtype)
     models = _models(located, factors, dtype, device)
     ranks = sum(models[name]["bytes"] for name in ranked) // dtype.itemsize
-    free = available(device)
-    needed, staging = sum(model["bytes"] for model in models.values()) + merged + ranks, 0
+    free, staging = available(device), 0
+    needed = sum(model["bytes"] for model in models.values()) + merged + ranks
     streams = memory == "streamed" or not _fits(needed, free, must=memory == "resident")
     if streams:
-        _move(models, bases(located, factors), dtype, device)
-        near = sum(model["bytes"] for model in models.values() if model["where"] == str(device)) + merged
+        near = merged + _move(models, bases(located, factors), dtype, device)
         staging = 0 if device.type == "cpu" else _staging(near, len(models), dtype, device, free)
         needed = near + staging + (ranks if device.type == "cpu" else 0)
     return {
@@ -120,8 +116,8 @@ def _move(
     located: Mapping[str, Located],
     dtype: torch.dtype,
     device: torch.device,
-) -> None:
-    """Say of models that leave the device's memory that they lie in their files, or main memory."""
+) -> int:
+    """Say of models that leave the device's memory where they lie; return the bytes of those that stay."""
     import torch
 
     moved = {name: where for name, where in located.items() if models[name]["form"] != "factors"}
@@ -132,6 +128,7 @@ def _move(
         places = dict.fromkeys(moved, "host") | ({} if roomy else places)
     for name, place in places.items():
         models[name]["where"] = place
+    return sum(model["bytes"] for model in models.values() if model["where"] == str(device))
 
 
 def can_stream(located: Located, dtype: torch.dtype) -> bool:
