@@ -231,7 +231,7 @@ def rows_of(*labels: Any) -> list[dict[str, Any]]:
             r"line 1: `label` must be a text or a whole number .* got 0.5",
         ),
         ("classification", rows_of(-1), r"`label` must be a text or a whole number >= 0, but got -1"),
-        ("classification", [{"text": "a"}], r"must have `text` and `label`, but got \['text'\]"),
+        ("classification", [{"text": "a"}], r"must have `text` and `label`, but it has only text"),
         ("regression", rows_of("a"), r"`label` must be a finite number, but got 'a'"),
     ],
 )
