@@ -128,7 +128,8 @@ def _move(
         places = dict.fromkeys(moved, "host") | ({} if roomy else places)
     for name, place in places.items():
         models[name]["where"] = place
-    return sum(model["bytes"] for model in models.values() if model["where"] == str(device))
+    stay: int = sum(model["bytes"] for model in models.values() if model["where"] == str(device))
+    return stay
 
 
 def can_stream(located: Located, dtype: torch.dtype) -> bool:
