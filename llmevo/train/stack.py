@@ -97,7 +97,8 @@ class Rows:
     """Whose rows the next forward pass has.
 
     Attributes:
-        counts: Tokens of each candidate, fillings included; one candidate's follow the other's.
+        counts: Tokens of each candidate, fillings included; one candidate's follow the other's. Empty while
+            the rows are nobody's, and the base computes alone.
     """
 
     def __init__(self) -> None:
@@ -131,7 +132,8 @@ class StackedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Base and LoRA of `x`, shape (rows, width, inputs)."""
-        return product(x, self.base, self.a, self.b, self._scales, self._rows.counts)
+        counts = self._rows.counts
+        return product(x, self.base, self.a, self.b, self._scales, counts) if counts else self.base(x)
 
 
 @final

@@ -254,3 +254,20 @@ def test_a_training_is_the_same(
     (plain, losses), (spared, others) = found
     assert spared == pytest.approx(plain, abs=2e-5)
     assert others == pytest.approx(losses, abs=2e-5)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_stack_enters_above_its_lowest_adapter(
+    tiny: Any, tokenizer: Any, make_spec: Callable[..., Any], tmp_path: Path
+) -> None:
+    spec = make_spec(layers=2, tokens=400, batch_size=5, learning_rate=1e-3, together="off")
+    chosen = [replace(spec.settings({}), rank=rank, layers=layers) for rank, layers in ((2, 2), (4, 1))]
+    trainer = Trainer(spec, tiny, tokenizer, seed=3)
+    asked = [(one, n, tmp_path / f"trial{n}", None) for n, one in enumerate(chosen)]
+    with passes(tiny.model.layers[2]) as above:
+        assert trainer.ahead(asked, "base") == 2
+    assert len(above) > 2
+    other = [(replace(one, learning_rate=2e-3), n, tmp_path / f"b{n}", None) for n, one in enumerate(chosen)]
+    with passes(tiny.model.layers[1]) as below:
+        assert trainer.ahead(other, "base") == 2
+    assert below == [] or max(below) < 60  # the example that the budget cuts
