@@ -235,7 +235,7 @@ def test_the_other_commands_take_such_a_run(
         "status": "1 default",
         "show": "train.learning_rate",
         "report": "report.html",
-        "validate": "valid (genome, tasks, parents, examples); 2 genes, 2 references",
+        "validate": "valid (genome, tasks, parents, examples, hyperparameters); 2 genes, 2 references",
         "preview": "baseline, default",
     }[verb]
     assert expected in shown
