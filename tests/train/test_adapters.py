@@ -133,7 +133,7 @@ def test_memory_stays_flat_over_200_trials(
     tiny: Any, tokenizer: Any, make_spec: Callable[..., Any], tmp_path: Path
 ) -> None:
     kinds = ["lora", "dora", "pissa", "vera", "ia3"]
-    trainer = Trainer(make_spec(tokens=200), tiny, tokenizer, seed=0)
+    trainer = Trainer(make_spec(tokens=300), tiny, tokenizer, seed=0)
 
     def held() -> tuple[int, int]:
         gc.collect()
@@ -142,7 +142,7 @@ def test_memory_stays_flat_over_200_trials(
 
     seen = []
     for number in range(200):
-        settings = make_spec(tokens=200, adapter=kinds[number % 5], rank=1 + number % 8).settings({})
+        settings = make_spec(tokens=300, adapter=kinds[number % 5], rank=1 + number % 8).settings({})
         with trainer.candidate(settings, number, "base"):
             trainer.losses("test")
         if number in (19, 199):
@@ -216,7 +216,7 @@ def test_a_rank_that_fits_the_chosen_modules_is_allowed(
 def test_a_damaged_record_is_trained_again(
     tiny: Any, tokenizer: Any, make_spec: Callable[..., Any], tmp_path: Path
 ) -> None:
-    spec: TrainSpec = make_spec(tokens=200)
+    spec: TrainSpec = make_spec(tokens=300)
     trainer = Trainer(spec, tiny, tokenizer, seed=0)
     folder = tmp_path / "trial"
     with trainer.candidate(spec.settings({}), 0, "base", folder) as first:
