@@ -102,6 +102,15 @@ class Candidates:
         spec = self.spec.model_copy(update={"tokens": times * self.tokens})
         return spec.settings(params)
 
+    def chosen(self, arm: str, seed: int, times: int) -> TrainSettings:
+        """The settings that a stored run handed over, with `times` the tokens of a candidate.
+
+        Raises:
+            KeyError: The run is not stored.
+        """
+        best = self._store.records[self._store.records[f"{arm}/{seed}"]["best"]]
+        return TrainSettings(**{**best["settings"], "tokens": times * self.tokens})
+
     def score(self, settings: TrainSettings, seed: int, test: Callable[[float], bool]) -> Record:
         """Train settings with a seed, unless that is known.
 

@@ -13,6 +13,7 @@ default        one training
 default again  nine, eight of them with other seeds (the same in all runs): what luck alone finds in nine
 default long   one with the tokens of all nine
 random         the default and eight drawn points
+random long    what random chose, trained with the tokens of all nine: do short trainings tell of long ones?
 optuna-tpe     optuna's TPE, one at a time and random for the first four: in its favour
 cma, ga        llmevo's, in two batches of four
 hybrid+placebo cma, and a guest for a half of the last batch: random steps from the best, no model
@@ -36,6 +37,7 @@ from arms import Optuna as OptunaSearch
 from arms import Ours, Search
 from lora_candidates import ROOT, Candidates, Record, Store, mean
 
+from llmevo.genome.train import TrainSettings
 from llmevo.proposers import make
 from llmevo.space import Params, Space
 from llmevo.trial import Score
@@ -75,9 +77,9 @@ OURS: dict[str, Make] = {
     "hybrid+placebo": _hybrid(guest="placebo"),
     "hybrid+smollm2": _smollm2,
 }
-ALONE = ("default", "default again", "default long")
+ALONE = ("default", "default again", "default long", "random long")
 SEARCHES = ("random", "optuna-tpe", "cma", "ga", "hybrid+placebo", "hybrid+smollm2")
-ARMS = (*ALONE, *SEARCHES)
+ARMS = (*ALONE[:-1], *SEARCHES, ALONE[-1])
 
 
 def begin(arm: str, space: Space, seed: int) -> tuple[Search, int]:
@@ -108,14 +110,18 @@ def run(arm: str, seed: int, candidates: Candidates, trainings: int = TRAININGS)
     """One arm with one seed: the keys of its candidates in order, and the best's."""
     watch, made, origins = Watch(), [], []
 
+    def settled(settings: TrainSettings, training_seed: int = seed) -> Record:
+        made.append(candidates.score(settings, training_seed, watch))
+        return made[-1]
+
     def train(params: Params, training_seed: int = seed, times: int = 1) -> Record:
-        record = candidates.score(candidates.settings(params, times), training_seed, watch)
-        made.append(record)
-        return record
+        return settled(candidates.settings(params, times), training_seed)
 
     start = candidates.space.start()
     started = time.process_time()
-    if arm in ALONE:
+    if arm == "random long":
+        settled(candidates.chosen("random", seed, trainings))
+    elif arm in ALONE:
         train(start, times=trainings if arm == "default long" else 1)
         for number in range(trainings - 1 if arm == "default again" else 0):
             train(start, _AGAIN + number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,18 @@ def test_what_is_stored_is_not_trained_again(bench: Any, tmp_path: Path) -> None
     packed = search.pack(again.records, tmp_path / "packed.jsonl.xz")
     assert candidates.Store(tmp_path / "none.jsonl", packed).records == store.records
     search.sweep(["cma"], [0], again, None)  # nothing is left to do for candidates
+
+
+def test_the_long_training_has_the_settings_that_random_chose(bench: Any, tmp_path: Path) -> None:
+    search, candidates, _ = bench
+    store = candidates.Store(tmp_path / "lora.jsonl")
+    search.sweep(["random"], [0], store, Hills())
+    with pytest.raises(KeyError):
+        candidates.Candidates(store).chosen("random", 0, 9)  # the run is there, its candidates are not
+    best = store.records["random/0"]["best"]
+    settings = TrainSettings(learning_rate=1e-3, adapter="rslora", rank=8, tokens=4000)
+    store.add({"key": best, "settings": asdict(settings)})
+    assert candidates.Candidates(store).chosen("random", 0, 9) == replace(settings, tokens=36000)
 
 
 def test_tables_and_figure_name_every_arm(bench: Any, searched: dict[str, Any], tmp_path: Path) -> None:
