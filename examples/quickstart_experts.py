@@ -20,6 +20,8 @@ from typing import Any, final
 
 from quickstart_data import Fact
 
+from llmevo import quiet
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ def _train(
 ) -> Any:
     """The trained peft model."""
     import torch
+
+    quiet.bitsandbytes()  # peft imports it
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from llmevo import quiet
 from llmevo.cli import adapters, bench, model, replay, results
 from llmevo.cli.options import Json, Verbose
 from llmevo.cli.output import say as _print
@@ -248,6 +249,7 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script: run a command, say an error in one line, and exit with the documented code."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    quiet.bitsandbytes()
     try:
         code = app(given, prog_name="llmevo", standalone_mode=False)
     except KeyboardInterrupt:

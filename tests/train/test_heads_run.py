@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from choice_task import sums, write_choice_task
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -143,3 +145,59 @@ def test_a_model_with_an_adapter_is_refused(tokenizer: Any, tmp_path: Path) -> N
     spec = MergeSpec(models=[f"{folder}+{tmp_path / 'adapter'}"], dtype="float32")
     with pytest.raises(GenomeError, match=r"must not have an adapter in .* where a head or an encoder"):
         Loaded(spec, "lm", seed=0, device="cpu", dtype="float32")
+
+
+def test_lm_evals_tasks_score_an_encoder_and_a_decoder(
+    tokenizer: Any,
+    files: dict[str, str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Log-likelihoods are the model's own loss, and a task that generates is answered."""
+    from transformers import T5ForConditionalGeneration
+
+    config = make("t5", len(tokenizer)).config
+    config.num_decoder_layers = 2  # transformers' generate takes as many as the encoder has
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config).eval()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    items = sums(range(12))
+    asked = [torch.tensor([tokenizer(item["q"]).input_ids]) for item in items]
+    with torch.no_grad():
+        said = [model.generate(ids, max_new_tokens=5, do_sample=False)[0] for ids in asked]
+        truth = []
+        for ids, item in zip(asked, items, strict=True):
+            answers = [torch.tensor([tokenizer(f" {choice}").input_ids]) for choice in item["choices"]]
+            likely = [-a.shape[1] * model(input_ids=ids, labels=a).loss for a in answers]
+            truth.append(float(torch.stack(likely).log_softmax(0)[item["gold"]]))
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).split("@@")[0] for ids in said]
+    spoken = [{**item, "said": text} for item, text in zip(items, texts, strict=True)]
+    write_choice_task(tmp_path, "sums", {"test": items})
+    write_choice_task(tmp_path, "said", {"test": spoken})
+    task = yaml.safe_load((tmp_path / "said.yaml").read_text())
+    task |= {"output_type": "generate_until", "doc_to_target": "{{said}}"}
+    task["generation_kwargs"] = {"until": ["@@"], "max_gen_toks": 5}
+    task["metric_list"] = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    (tmp_path / "said.yaml").write_text(
+        yaml.safe_dump({k: v for k, v in task.items() if k != "doc_to_choice"})
+    )
+    # A training runs first; with such a rate it leaves the model as it is.
+    still = genome(folder, files["t5"], tmp_path / "run", tasks=[], learning_rate=1e-15)
+    data = still.model_dump(by_alias=True)
+    data["tasks"] = [
+        {"name": "sums", "metric": "gold_logprob,none"},
+        {"name": "said", "metric": "exact_match,none"},
+    ]
+    data["evaluate"]["task_path"] = [str(tmp_path)]
+    data["apply_chat_template"] = False
+    pipeline = MergePipeline(Genome.model_validate(data))
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(folder)}], "dtype": "float32"}
+    outcome = pipeline.run(Job(0, {}, seed=0, recipe=recipe))
+    assert outcome.error is None
+    assert outcome.metrics["said"]["exact_match,none"] == 1.0
+    found = outcome.score.items["sums"]
+    assert len(found) > 5  # the others are held out
+    assert all(min(abs(one - value) for value in truth) < 1e-4 for one in found)
+    assert pipeline.describe()["packed"]["why_not"] == "it is an encoder and a decoder"
