@@ -270,6 +270,7 @@ def test_numbers_keep_their_meaning() -> None:
     assert number(-0.5) == "\N{MINUS SIGN}0.5000"
     assert signed(0.25) == "+0.2500"
     assert number(12345.678) == "1.235e+04"
+    assert number(0.0007) == "0.0007"
     assert number(0.00001) == "1e\N{MINUS SIGN}05"
 
 

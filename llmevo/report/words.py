@@ -10,7 +10,7 @@ Z95 = 1.959964
 
 def number(value: float) -> str:
     """A score for a person: four decimals, or four digits where it is large or tiny."""
-    text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.4g}"
+    text = f"{value:.4f}" if 1e-4 <= abs(value) < 1e3 or value == 0 else f"{value:.4g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
