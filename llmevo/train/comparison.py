@@ -107,7 +107,11 @@ def compare(
             f"`--methods` must name some of {', '.join(ADAPTERS)}, but got {unknown[0]!r}; change it."
         )
     spec = TrainSpec.model_validate({"data": data, "adapter": {"choice": list(methods)}, "tokens": tokens})
-    trainers = [Trainer(spec, model, tokenizer, seed=seed) for seed in range(seeds)]
+    try:
+        trainers = [Trainer(spec, model, tokenizer, seed=seed) for seed in range(seeds)]
+    except GenomeError as error:  # whoever compares has given no genome
+        said = str(error).replace("`train.tokens`", "`--tokens`").replace(", or lower `train.batch_size`", "")
+        raise GenomeError(said) from None
     untrained = [trainer.losses("validation") for trainer in trainers]
     with trainers[0].candidate(TrainSettings(tokens=min(_WARM, tokens)), 0, "warm"):
         pass

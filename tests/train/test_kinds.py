@@ -41,7 +41,8 @@ def with_head(model: Any, pad: int) -> Any:
 def test_a_method_learns_and_loads_in_plain_peft_or_is_refused(
     kind: str, adapter: str, trained: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
-    settings = {"adapter": adapter, "epochs": 4, "rank": 4, "learning_rate": 3e-3}
+    rate = 5e-4 if adapter == "loraplus" else 3e-3  # LoRA+ trains B sixteen times as fast
+    settings = {"adapter": adapter, "epochs": 4, "rank": 4, "learning_rate": rate}
     if kind == "gpt2" and adapter in NOT_TRANSPOSED:
         with pytest.raises(
             GenomeError, match=rf"`train` must not have {adapter} with this model, .* GPT-2's"
