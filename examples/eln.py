@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = "runs/eln"
 FULL = {"train": 16, "validation": 12, "test": 40, "general": 8, "general_test": 30}
 SMALL = {**dict.fromkeys(FULL, 4), "train": 16}
-SMOKE = ("search.trials=5", "search.population=2", "train.epochs=0.2", "train.batch_size=2")
+SMOKE = ("search.trials=5", "search.population=2", "train.epochs=0.2", "train.batch_size=3")
 _SHORTEST = 240  # characters of a passage
 
 
