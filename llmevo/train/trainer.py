@@ -193,25 +193,37 @@ class Trainer:
                 training.run(self._model, state, told, until=end)
             finally:
                 self.reached = tokens_of(steps[: len(training.losses)])
-            parameters = adapter.parameters().values()
-            first, late = training.losses[0], mean_of_late(training.losses)
-            trained = Trained(
-                {
-                    "loss_first": first,
-                    "loss_last": late,
-                    "steps": float(end),
-                    "tokens": float(self.reached),
-                    "budget": float(tokens_of(steps)),
-                    "parameters": float(sum(p.numel() for p in parameters)),
-                },
-                sum(p.numel() * p.element_size() for p in parameters) if rung is None else 0,
-                {} if start is None else fingerprint(adapter, self._seed),
-                tuple(training.history),
-            )
+            trained = self._trained(adapter, training, steps, end, start, over=rung is None)
             if folder is not None and rung is None:
                 record = {"key": key, "settings": asdict(settings), "labels": self._data.labels}
                 _keep(adapter, folder, {**record, **asdict(trained)})
             yield trained
+
+    def _trained(
+        self,
+        adapter: adapters.Adapter,
+        training: Training,
+        steps: Sequence[Step],
+        end: int,
+        start: Start | None,
+        *,
+        over: bool,
+    ) -> Trained:
+        """What is said of a training after `end` of its `steps`, and whether it is over with them."""
+        parameters = adapter.parameters().values()
+        return Trained(
+            {
+                "loss_first": training.losses[0],
+                "loss_last": mean_of_late(training.losses),
+                "steps": float(end),
+                "tokens": float(self.reached),
+                "budget": float(tokens_of(steps)),
+                "parameters": float(sum(p.numel() for p in parameters)),
+            },
+            sum(p.numel() * p.element_size() for p in parameters) if over else 0,
+            {} if start is None else fingerprint(adapter, self._seed),
+            tuple(training.history),
+        )
 
     def _above(self) -> AbstractContextManager[None]:
         return self._forward.above() if isinstance(self._forward, Forward) else nullcontext()
