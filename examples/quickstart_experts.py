@@ -20,8 +20,6 @@ from typing import Any, final
 
 from quickstart_data import Fact
 
-from llmevo import quiet
-
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -91,8 +89,6 @@ def _train(
 ) -> Any:
     """The trained peft model."""
     import torch
-
-    quiet.bitsandbytes()  # peft imports it
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

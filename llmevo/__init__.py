@@ -3,6 +3,7 @@
 The core is `Space`, `Optimizer` and the proposers; importing it needs numpy and nothing heavier.
 """
 
+from llmevo import quiet
 from llmevo.errors import GenomeError as GenomeError
 from llmevo.errors import LLMError as LLMError
 from llmevo.errors import LlmevoError as LlmevoError
@@ -25,3 +26,5 @@ from llmevo.trial import State as State
 from llmevo.trial import Trial as Trial
 
 __version__ = "0.1.0"
+
+quiet.bitsandbytes()

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 
 
 def bitsandbytes() -> None:
     """Keep back that bitsandbytes would like another package.
 
-    peft imports it where it is installed, for any LoRA, and mergekit imports peft.
+    peft imports it where it is installed, for any LoRA, and mergekit imports peft. So it is called
+    before all of them: where llmevo itself is imported.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def semaphores() -> None:
+    """Keep back that a worker which was killed leaves a semaphore behind.
+
+    It would be the lock that tqdm's progress bars share between processes, made with the first bar. A worker
+    has no processes to share it with.
+    """
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())

@@ -31,7 +31,7 @@ ROWS: list[list[str]] = [
     ["genome", "strength", "stats"],
     ["trial"],
     ["space", "gene"],
-    ["rundir", "resources", "embedded", "usercache", "quiet"],
+    ["rundir", "resources", "embedded", "usercache", "quiet", "hub"],
     ["errors"],
 ]
 _UNITS = {"gene": "space"}  # modules that belong to another's unit

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from llmevo import quiet
 from llmevo.cli import adapters, bench, model, replay, results
 from llmevo.cli.options import Json, Verbose
 from llmevo.cli.output import say as _print
@@ -180,6 +179,7 @@ def validate(
 ) -> None:
     """Check a genome, its tasks and its models' headers; load no weights."""
     from llmevo.recipe import Recipes, num_layers
+    from llmevo.report.words import counted
 
     genome = _load(genome_path, overrides or [])
     recipes = Recipes(genome, num_layers(genome, offline=offline))
@@ -203,7 +203,8 @@ def validate(
         _print_json(facts)
         return
     checked = ", ".join(facts["checked"])
-    _print(f"{genome_path}: valid ({checked}); {facts['genes']} genes, {len(facts['references'])} references")
+    found = counted(facts["genes"], "gene"), counted(len(facts["references"]), "reference")
+    _print(f"{genome_path}: valid ({checked}); {', '.join(found)}")
     for note in facts.get("parents", {}).get("notes", []):
         print(f"note: {note}", file=sys.stderr)
 
@@ -249,7 +250,6 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script: run a command, say an error in one line, and exit with the documented code."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    quiet.bitsandbytes()
     try:
         code = app(given, prog_name="llmevo", standalone_mode=False)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import typer
 
 from llmevo.cli.options import Json, Verbose
 from llmevo.cli.output import say, say_json
+from llmevo.errors import GenomeError
 
 app = typer.Typer(help="Measurements on this machine.", no_args_is_help=True)
 
@@ -82,6 +83,11 @@ def adapters(
 
 def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
     """A model on its device, frozen, and its tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise GenomeError(
+            f"`--model` must be a folder with a model, but {str(folder)!r} has no config.json; check the "
+            "path."
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llmevo import evaluate
@@ -95,6 +101,7 @@ def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
 
 def _table(found: dict[str, Any]) -> str:
     from llmevo.cli.console import table
+    from llmevo.report.words import counted
 
     head = ("method", "lr", "rank", "trained", "s/step", "MB", "held-out loss", "gain")
     rows = [
@@ -116,7 +123,7 @@ def _table(found: dict[str, Any]) -> str:
             table(head, rows),
             "",
             f"{found['model']}, {found['tokens']} tokens in batches of {found['batch_size']} examples, "
-            f"{found['seeds']} seed(s); untrained {found['untrained']:.3f} nats a token to learn.",
+            f"{counted(found['seeds'], 'seed')}; untrained {found['untrained']:.3f} nats a token to learn.",
             f"MB: {found['memory']}, beyond the resident model. gain: paired, with its standard error.",
             machine,
         ]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TextIO, TypeAlias, final
 
 from rich.console import Console, Group, RenderableType
@@ -15,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from llmevo.cli.clock import Clock, done, trial_seconds
 from llmevo.report.findings import trial_json
-from llmevo.report.words import duration, number, signed
+from llmevo.report.words import counted, duration, number, signed
 from llmevo.runner.observer import Observer, RunInfo, RunSummary
 from llmevo.trial import State, Trial, best, trained_share
 
@@ -38,11 +37,6 @@ def choose(choice: Choice, stream: TextIO | None = None) -> Observer:
     if choice == "plain":
         return PlainDisplay(stream)
     return JsonDisplay(stream) if choice == "json" else NoDisplay()
-
-
-def trial_seconds(trial: Trial) -> float:
-    """Wall time of a trial, over all its stages."""
-    return sum(value for value in trial.cost.values() if isinstance(value, float))
 
 
 def score_text(trial: Trial, items: int = 0) -> str:
@@ -79,80 +73,11 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     return "".join(_BARS[round((value - low) * scale)] for value in shown)
 
 
-@final
-@dataclass(slots=True)
-class _Pace:
-    """Seconds of some trials."""
-
-    seconds: float = 0.0
-    count: int = 0
-
-    def add(self, seconds: float) -> None:
-        """One more trial."""
-        self.join(_Pace(seconds, 1))
-
-    def join(self, other: _Pace) -> None:
-        """Other trials too."""
-        self.seconds += other.seconds
-        self.count += other.count
-
-
-@final
-class _Clock:
-    """How long a sitting has taken, and how long it may still take.
-
-    Args:
-        info: What is known when the run starts; None before it does.
-    """
-
-    def __init__(self, info: RunInfo | None = None) -> None:
-        self._start = time.monotonic()
-        self._all, self._whole, self._batch = _Pace(), _Pace(), _Pace()
-        self._last = -1  # the batch of the latest trial, whose pace is `_batch`
-        self._references = 0 if info is None else info.references
-        self._workers = 1 if info is None else info.genome.run.workers
-        self.budget = 0 if info is None else info.genome.search.trials
-        self.done = 0 if info is None else _done(info.trials)
-
-    def tick(self, trial: Trial) -> None:
-        """One more trial is finished."""
-        self.done += 1
-        seconds = trial_seconds(trial)
-        self._all.add(seconds)
-        if trial.batch != self._last:
-            self._whole.join(self._batch)
-            self._last, self._batch = trial.batch, _Pace()
-        if trial.number >= self._references:
-            self._batch.add(seconds)
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of this sitting."""
-        return time.monotonic() - self._start
-
-    @property
-    def left(self) -> float | None:
-        """Seconds that the remaining trials will take; None before the first.
-
-        The pace is that of this sitting's trials, without the time that models took to load; of the
-        proposers' batches alone as soon as one is finished, since references answer all items.
-        """
-        if not self._all.count:
-            return None
-        counted = self._whole if self._whole.count else self._all
-        mean = counted.seconds / counted.count
-        return mean / self._workers * max(self.budget - self.done, 0)
-
-
-def _done(trials: Sequence[Trial]) -> int:
-    return sum(trial.state is not State.PENDING for trial in trials)
-
-
 def _opening(info: RunInfo) -> str:
-    done = _done(info.trials)
-    how = f"continuing after {done} of" if done else "searching with"
+    finished = done(info.trials)
+    how = f"continuing after {finished} of" if finished else "searching with"
     return (
-        f"{info.run_dir}: {how} {info.genome.search.trials} trials, {len(info.space)} genes, "
+        f"{info.run_dir}: {how} {info.genome.search.trials} trials, {counted(len(info.space), 'gene')}, "
         f"proposer {info.genome.search.proposer}"
     )
 
@@ -167,7 +92,7 @@ class PlainDisplay:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._clock = _Clock()
+        self._clock = Clock()
         self._items = 0  # of a score on all of them
 
     def _say(self, line: str) -> None:
@@ -175,7 +100,7 @@ class PlainDisplay:
 
     def started(self, info: RunInfo) -> None:
         """Say what begins."""
-        self._clock = _Clock(info)
+        self._clock = Clock(info)
         self._items = all_items(info.trials)
         self._say(_opening(info))
 
@@ -295,7 +220,7 @@ class RichDisplay:
         self._console = console
         self._live: Live | None = None
         self._info: RunInfo | None = None
-        self._clock = _Clock()
+        self._clock = Clock()
         self._trials: dict[int, Trial] = {}  # the pending ones and the last of the others
         self._items = 0
         self._reached: dict[int, str] = {}  # by trial that is not at its end
@@ -303,7 +228,7 @@ class RichDisplay:
 
     def started(self, info: RunInfo) -> None:
         """Start the table."""
-        self._info, self._clock = info, _Clock(info)
+        self._info, self._clock = info, Clock(info)
         self._trials = {trial.number: trial for trial in info.trials}
         self._items = all_items(info.trials)
         self._prune()

@@ -60,14 +60,21 @@ def best(
 
     findings, trial, recipe = _chosen(run_path, None)
     snippets = trained.snippets_of(findings, trial)
+    if axolotl and snippets is None:
+        raise LlmevoError(
+            f"`--axolotl` must be given for a trained trial, but the best, {trial.number} ({trial.origin}), "
+            "was not trained; leave it out."
+        )
     if as_json:
         verdict = {"headline": findings.headline(), "verdict": findings.verdict()}
         copied: dict[str, str | None] = {"python": None, "axolotl": None, **(snippets or {})}
         say_json({"trial": trial_json(trial), "recipe": recipe, **copied, **verdict})
         return
+    if snippets is not None:  # they say in their head what they are
+        say(snippets["axolotl" if axolotl else "python"].rstrip())
+        return
     print(f"# trial {trial.number} by {trial.origin}: {scored(findings, trial)}", file=sys.stderr)
-    shown = _yaml(recipe) if snippets is None else snippets["axolotl" if axolotl else "python"]
-    say(shown.rstrip())
+    say(_yaml(recipe).rstrip())
 
 
 def export(

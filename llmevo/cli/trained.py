@@ -40,6 +40,7 @@ def adapter_of(findings: Findings, trial: Trial) -> Path | None:
 
 def snippets_of(findings: Findings, trial: Trial) -> dict[str, str] | None:
     """The settings to copy, `python` for peft and TRL and `axolotl` as YAML; None for an untrained trial."""
+    from llmevo.cli.console import scored
     from llmevo.train.snippet import axolotl, snippet
     from llmevo.train.trainer import RECORD
 
@@ -50,7 +51,10 @@ def snippets_of(findings: Findings, trial: Trial) -> dict[str, str] | None:
     adapter: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     steps = int(json.loads((folder / RECORD).read_text(encoding="utf-8"))["metrics"]["steps"])
     base = findings.genome.alone or f"the merge of {findings.summary.run_dir / 'best' / 'recipe.yaml'}"
-    head = f"# Trial {trial.number}, trained on {spec.data.train}\n# from {base}\n"
+    head = (
+        f"# Trial {trial.number} by {trial.origin}: {scored(findings, trial)}\n"
+        f"# trained on {spec.data.train}\n# from {base}\n"
+    )
     longest = spec.data.max_length
     return {
         "python": f"{head}\n{snippet(settings, adapter, steps, longest)}",

@@ -21,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, final
 
+from llmevo import quiet
 from llmevo.errors import GenomeError
 from llmevo.executors.heap import keep_freed_blocks
 from llmevo.genome import Genome
@@ -270,6 +271,7 @@ def _work(
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
     keep_freed_blocks()
+    quiet.semaphores()
     try:
         pipeline = make(genome)
         facts = pipeline.describe()

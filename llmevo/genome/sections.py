@@ -101,8 +101,8 @@ class SearchSpec(Spec):
         mode: One genome from the language model for each proposal, or one mean for each batch.
         prompts: Folder, from the working directory, whose files replace the prompts of the same name.
         trials: How many trials the search makes, references included.
-        tokens: The search ends once its trials, references not counted, were trained on so many; None for
-            no limit.
+        tokens: The search ends once its trials, references not counted, were trained on so many; its last
+            batches are no larger than there is room for. None for no limit.
         population: Trials per generation, and how many survive it; None for the proposer's default.
         seed: Everything random follows from it.
         strength: Mutation strength of `ga`, `population` and `llm`.

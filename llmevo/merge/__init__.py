@@ -26,7 +26,6 @@ which is half a unit of each adapted matrix, times its weight, beside the bounds
 their weights and masks follow from the recipe as mergekit's planner resolves it.
 """
 
-from llmevo import quiet
 from llmevo.merge.export import export as export
 from llmevo.merge.loaded import Loaded as Loaded
 from llmevo.merge.loaded import copy_of as copy_of
@@ -34,5 +33,3 @@ from llmevo.merge.loaded import needed as needed
 from llmevo.merge.loaded import skeleton as skeleton
 from llmevo.merge.merger import Merger as Merger
 from llmevo.merge.parents import check_parents as check_parents
-
-quiet.bitsandbytes()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from llmevo import hub
 from llmevo.errors import GenomeError
 
 if TYPE_CHECKING:
@@ -123,23 +124,16 @@ def _folder(path: str, revision: str | None, name: str) -> Path:
     if Path(path).exists():
         if not Path(path).is_dir():
             raise GenomeError(
-                f"`{name}`: `{path}` must be a folder with a model, and is a file: name its folder"
+                f"`genome.models` must name folders with a model, but {path!r} (of {name!r}) is a file; name "
+                "its folder."
             )
         return Path(path).absolute()
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=_FILES))
-    except HFValidationError:
-        raise GenomeError(f"`{name}`: there is no folder `{path}`: check the path") from None
     except Exception as error:  # the hub's client raises a dozen kinds, from OSError to httpx's
-        raise GenomeError(
-            f"`{name}`: `{path}` is neither a folder here nor in the local cache of the Hugging Face "
-            f"hub, and "
-            f"could not be downloaded ({_first_line(error)}): check the name, or download it once with "
-            f"`hf download {path}`"
-        ) from error
+        raise hub.missing(path, error) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmevo import hub
 from llmevo.errors import GenomeError
 from llmevo.genome import Genome
 
@@ -79,12 +80,6 @@ def _config(reference: str, offline: bool) -> Any:
     """The content of config.json of `path[@revision]`."""
     name, _, revision = reference.partition("@")
     path = Path(name) / "config.json"
-    remedy = "give `genome.num_layers`, or put the model on this machine"
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():  # no name that a hub has
-        raise GenomeError(
-            f"`genome.models` must be folders or models on the hub, but there is no folder {name!r}; check "
-            "the path."
-        )
     if not Path(name).is_dir():
         from huggingface_hub import hf_hub_download
 
@@ -93,11 +88,7 @@ def _config(reference: str, offline: bool) -> Any:
                 hf_hub_download(name, "config.json", revision=revision or None, local_files_only=offline)
             )
         except Exception as error:  # the hub's client raises many kinds; each means that there is no file
-            reason = " ".join(str(error).split())[:200]
-            raise GenomeError(
-                f"`genome.models` must be folders or models on the hub, but config.json of {reference!r} "
-                f"is not to be had{' offline' if offline else ''} ({reason}); {remedy}."
-            ) from None
+            raise hub.missing(name, error, ", or give `genome.num_layers`") from None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -36,6 +36,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things for a person: `1 gene`, `2 genes`."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def percent(level: float) -> str:
     """A confidence level for a person: `95 %`."""
     return f"{100 * level:.3g} %"
@@ -47,9 +52,8 @@ def spending(money: Totals) -> str:
     def count(tokens: int | None) -> str:
         return "unknown" if tokens is None else str(tokens)
 
-    requests = f"{money.requests} request" + "s" * (money.requests != 1)
     parts = [
-        f"{money.calls} call" + "s" * (money.calls != 1) + f" ({requests}, {money.answered} answered)",
+        f"{counted(money.calls, 'call')} ({counted(money.requests, 'request')}, {money.answered} answered)",
         f"tokens: {count(money.prompt)} prompt (cached {count(money.cached)}), "
         f"{count(money.completion)} completion (reasoning {count(money.reasoning)})",
         "dollars unknown" if money.usd is None else f"${money.usd:.4f}",

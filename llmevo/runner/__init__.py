@@ -223,11 +223,18 @@ class _Sitting:
             raise Halt(1 if self.optimizer.best is None else 3, failing)
         return "; ".join(reasons.values()) or None
 
+    def _batch(self) -> int:
+        """Trials of the next batch: as many as always, or as the budget of tokens has room for."""
+        budget, trials = self.genome.search.tokens, self.optimizer.trials
+        if budget is None:
+            return self.batch
+        return min(describe.affordable(trials, len(self.references), budget) or self.batch, self.batch)
+
     def _ask(self) -> None:
         """Ask for a batch and record it. The references, where there are any, are a batch of their own."""
         total = len(self.optimizer.trials)
         first = max(len(self.references) - total, 0)
-        n = min(first or self.batch, self.genome.search.trials - total)
+        n = min(first or self._batch(), self.genome.search.trials - total)
         start = time.perf_counter()
         if self._chat is not None:
             self._chat.asking(total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,6 +105,28 @@ def size(count: int) -> str:
 def tokens(trials: Sequence[Trial]) -> int:
     """How many tokens trials were trained on, those that failed included."""
     return sum(int(trial.cost.get("tokens", 0)) for trial in trials)
+
+
+def affordable(trials: Sequence[Trial], references: int, budget: int) -> int | None:
+    """How many more trials it takes until a budget of tokens is spent, by the mean of those before.
+
+    A function of the trials alone, so that a resumed run asks for the same batches. Where all candidates take
+    as many tokens as each other, the last one crosses the budget by less than itself.
+
+    Args:
+        trials: The whole run, by number.
+        references: How many of the first trials no proposer made; they count where no other was trained.
+        budget: In tokens, not yet spent.
+
+    Returns:
+        At least 1; None where nothing was trained yet.
+    """
+    own = trials[references:]
+    for group in (own, trials[:references]):
+        trained = [count for trial in group if (count := tokens([trial]))]
+        if trained:
+            return max(math.ceil((budget - tokens(own)) * len(trained) / sum(trained)), 1)
+    return None
 
 
 def truncated(metrics: object) -> dict[str, float]:

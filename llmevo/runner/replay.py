@@ -118,7 +118,7 @@ def _outcomes(store: Store) -> dict[tuple[Split, int, int | None, int], Outcome]
     """What the run's workers had answered."""
     found: dict[tuple[Split, int, int | None, int], Outcome] = {
         ("search", trial.number, None, 0): Outcome(
-            trial.number, trial.score, trial.metrics, error=trial.error
+            trial.number, trial.score, trial.metrics, error=trial.error, tokens=trial.cost.get("tokens", 0)
         )
         for trial in store.trials()
         if trial.state is not State.PENDING

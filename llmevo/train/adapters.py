@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from llmevo import quiet
 from llmevo.genome.train import TrainSettings
 from llmevo.train import nf4, ranks
 from llmevo.train.delta import Delta
@@ -23,8 +22,6 @@ from llmevo.train.targets import linear_layers as linear_layers
 
 if TYPE_CHECKING:
     import torch
-
-quiet.bitsandbytes()
 
 
 @final

@@ -12,7 +12,7 @@ from llmevo.genome.sections import HalvingSpec
 from llmevo.genome.train import TrainSpec, values_of
 from llmevo.train import data, methods
 from llmevo.train.data import Examples
-from llmevo.train.shares import shares_of
+from llmevo.train.shares import TOKENS, shares_of
 from llmevo.train.targets import Targets
 from llmevo.train.tokenise import Kind
 
@@ -47,6 +47,7 @@ def prepare(
     seed: int,
     metrics: Sequence[str],
     halving: HalvingSpec,
+    tokens: str = TOKENS,
 ) -> Prepared:
     """Read the examples, and check them and all that the genes may choose against the model.
 
@@ -57,6 +58,7 @@ def prepare(
         seed: The run's, which the split follows.
         metrics: Which of `OWN_TASKS` are measured.
         halving: Where trainings stop to be compared.
+        tokens: What the user calls the budget; an option's name where there is no genome.
 
     Raises:
         GenomeError: The data, the model or a hyperparameter does not fit.
@@ -71,7 +73,7 @@ def prepare(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     examples = data.load(spec.data, tokenizer, context, seed, kind)
     _check_batches(spec, len(examples.parts["train"]))
-    shares, undivided = shares_of(spec, halving, examples.parts["train"], seed)
+    shares, undivided = shares_of(spec, halving, examples.parts["train"], seed, tokens)
     _check_metrics(metrics, examples)
     return Prepared(kind, targets, context, examples, shares, undivided)
 

@@ -15,11 +15,12 @@ from llmevo.genome.train import TrainSettings, TrainSpec, values_of
 from llmevo.train.data import Example
 from llmevo.train.loop import Step, plan, tokens_of, within
 
+TOKENS = "train.tokens"
 _FEWEST = 8  # optimizer steps of a first rung that is there by itself
 
 
 def shares_of(
-    spec: TrainSpec, halving: HalvingSpec, examples: Sequence[Example], seed: int
+    spec: TrainSpec, halving: HalvingSpec, examples: Sequence[Example], seed: int, tokens: str = TOKENS
 ) -> tuple[tuple[float, ...], str]:
     """The shares of the tokens at which rungs below the last end.
 
@@ -28,6 +29,7 @@ def shares_of(
         halving: The section `search.halving`.
         examples: To learn from.
         seed: Of their order.
+        tokens: What the user calls the budget.
 
     Returns:
         The shares, and why there are none; that is empty where there are some, or none are wanted.
@@ -40,7 +42,7 @@ def shares_of(
         tokens=min((v for v in values_of(spec.tokens) if v is not None), default=None),
         epochs=min((v for v in values_of(spec.epochs) if v is not None), default=1.0),
     )
-    _check_budget(shortest, examples, seed)
+    _check_budget(shortest, examples, seed, tokens)
     steps = plan(examples, shortest, seed)
     if halving.enabled is False:
         return (), ""
@@ -51,14 +53,14 @@ def shares_of(
     return ((), why) if why else (shares, "")
 
 
-def _check_budget(shortest: TrainSettings, examples: Sequence[Example], seed: int) -> None:
+def _check_budget(shortest: TrainSettings, examples: Sequence[Example], seed: int, tokens: str) -> None:
     """A budget that ends within the first batch is a mistake: it would be one step on a part of a batch."""
     whole = tokens_of(plan(examples, replace(shortest, tokens=None, epochs=1.0), seed)[:1])
     of = f"the tokens of a first batch of {shortest.batch_size} examples"
     if shortest.tokens is not None and shortest.tokens < whole:
+        remedy = ", or lower `train.batch_size`" if tokens == TOKENS else ""
         raise GenomeError(
-            f"`train.tokens` must be >= {whole}, {of}, but may be {shortest.tokens}; raise it, or lower "
-            "`train.batch_size`."
+            f"`{tokens}` must be >= {whole}, {of}, but may be {shortest.tokens}; raise it{remedy}."
         )
     total = sum(map(len, examples))
     if shortest.tokens is None and round(shortest.epochs * total) < whole:

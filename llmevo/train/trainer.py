@@ -28,6 +28,7 @@ from llmevo.train.loop import Step, Training, mean_of_late, order, plan, tokens_
 from llmevo.train.measure import Judge, sums
 from llmevo.train.metrics import Measured
 from llmevo.train.seq2seq import PairForward
+from llmevo.train.shares import TOKENS
 from llmevo.train.tokenise import Kind
 from llmevo.trial import Split
 
@@ -68,6 +69,7 @@ class Trainer:
         seed: The run's: of the split, the order of the examples, the adapters' first weights, dropout.
         metrics: Which of `OWN_TASKS` are measured after each epoch, and may be asked of `measure`.
         halving: Where trainings stop to be compared.
+        tokens: What the user calls the budget in tokens, for errors.
 
     Attributes:
         shares: Of the tokens, at which the rungs below the last end; empty where each training is a whole.
@@ -86,9 +88,12 @@ class Trainer:
         seed: int,
         metrics: Sequence[str] = (VALIDATION_LOSS,),
         halving: HalvingSpec = _HALVING,
+        tokens: str = TOKENS,
     ) -> None:
         self._spec, self._model, self._seed = spec, model, seed
-        found = check.prepare(spec, model, tokenizer, seed=seed, metrics=metrics, halving=halving)
+        found = check.prepare(
+            spec, model, tokenizer, seed=seed, metrics=metrics, halving=halving, tokens=tokens
+        )
         self._targets, self._data = found.targets, found.data
         self.shares, self._undivided = found.shares, found.undivided
         self.reached = 0

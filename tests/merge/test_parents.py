@@ -175,9 +175,12 @@ def test_damaged_folders(spoil: Callable[[Path], Any], message: str, copy: Path)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere/at/all", "there is no folder `./nowhere/at/all`"),
-        ("nobody-at-all/nothing-there", "neither a folder here nor in the local cache"),
-        ("{file}", "must be a folder with a model, and is a file"),
+        ("./nowhere/at/all", "there is no folder './nowhere/at/all'; check the path"),
+        (
+            "nobody-at-all/nothing-there",
+            "'nobody-at-all/nothing-there' is no folder, .* `hf download nobody-at-all/nothing-there`",
+        ),
+        ("{file}", "must name folders with a model, but .* is a file; name its folder"),
     ],
 )
 def test_references_that_lead_nowhere(name: str, message: str, small: Path) -> None:

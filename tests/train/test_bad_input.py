@@ -196,7 +196,7 @@ CASES = {
         r"`train.layers` must be <= 4, the model's layers, but may be 5; lower it", layers={"int": [1, 5]}
     ),
     "a model that is not there": Bad(
-        r"`genome.models` must be folders or models on the hub, but there is no folder '/nowhere'; check",
+        r"`genome.models` must name folders or models on .* hub, but there is no folder '/nowhere'; check",
         more={"genome": {"models": ["/nowhere"]}},
     ),
     # the hyperparameters

@@ -305,10 +305,10 @@ def test_general_and_specific_fitness_have_splits_of_their_own(
 
 
 def test_a_search_ends_at_its_tokens(data: dict[str, Any], tmp_path: Path) -> None:
-    search = {**data["search"], "proposer": "random", "population": 2, "tokens": 1000}
+    search = {**data["search"], "proposer": "random", "population": 5, "tokens": 1000}
     genome = Genome.model_validate({**data, "search": search})
     searched(genome, tmp_path / "run")
     own = trials_of(tmp_path / "run")[2:]
     spent = [trial.cost["tokens"] for trial in own]
-    assert sum(spent) >= 1000 > sum(spent[:-2])
-    assert len(own) < 12
+    assert sum(spent) >= 1000 > sum(spent[:-1])  # a batch is no larger than there is room for
+    assert len(own) < 5
