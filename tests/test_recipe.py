@@ -393,7 +393,7 @@ def test_the_number_of_layers_is_the_files_or_the_first_models(config_folder: Pa
     assert layers(num_layers=32, models=["org/nowhere"]) == 32
     with pytest.raises(GenomeError, match=r"choose one of \[1, 2, 3, 6\]"):
         layers(layer_granularity=4)
-    with pytest.raises(GenomeError, match=r"offline .*give `genome.num_layers`"):
+    with pytest.raises(GenomeError, match=r"could not be .*or give `genome.num_layers`"):
         layers(models=["org/nowhere"])
     (config_folder.parent / "empty").mkdir(exist_ok=True)
     with pytest.raises(GenomeError, match="must be a JSON file"):
