@@ -20,6 +20,7 @@ from llmevo.errors import GenomeError
 from llmevo.evaluate.items import draw_items, rung_sizes
 from llmevo.evaluate.parts import Part, parts_of
 from llmevo.evaluate.tasks import task_manager
+from llmevo.evaluate.templates import compiled_once
 
 if TYPE_CHECKING:
     from llmevo.evaluate.packing import Packing
@@ -218,7 +219,7 @@ def _render(genome: Genome, lm: Any, task: Any, items: list[int], templated: boo
     """Instances of each item, sorted by lm-eval's `idx`."""
     multiturn = genome.fewshot_as_multiturn
     chosen = sorted(items)
-    with quiet():
+    with quiet(), compiled_once():
         # lm-eval visits the data set in its own order and numbers what it keeps 0, 1, ...; a set makes its
         # membership test cheap.
         task.build_all_requests(

@@ -17,6 +17,7 @@ from llmevo.evaluate.measures import gold, per_item
 from llmevo.evaluate.parts import Part
 from llmevo.evaluate.plan import SPLITS, Plan, Requests, Segment, build_plan, fingerprint, quiet
 from llmevo.evaluate.tasks import GOLD_METRICS
+from llmevo.evaluate.templates import compiled_once
 from llmevo.trial import Score, standard_error
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class Evaluator:
         self._plan: Plan = build_plan(genome, self._lm)
         if spec.batch_size is None:
             self._lm.batch_size_per_gpu = self._plan.batch_size = _batch_size(self._plan, model, self._device)
-        self._golds = {name: _golds(task, self._plan, name) for name, task in self._plan.tasks.items()}
+        with compiled_once():
+            self._golds = {name: _golds(task, self._plan, name) for name, task in self._plan.tasks.items()}
         self._fingerprint = fingerprint(self._plan)
         with quiet():
             self._lm.check(_sample(self._plan))
@@ -122,7 +124,7 @@ class Evaluator:
             )
         self.last = {"scored": 0, "cached": 0}
         halved = self._lm.halved
-        with quiet():
+        with quiet(), compiled_once():
             for segment in segments:
                 asked = self._answers.give(segment, weights)
                 self.last["scored" if asked else "cached"] += segment.items

@@ -107,10 +107,13 @@ def test_of_equal_logits_the_first_is_greedy() -> None:
     from llmevo.evaluate.packed import _read
 
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, 0.0, 0.0]], dtype=torch.bfloat16)
-    rows, targets = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2, 0, 3])
+    rows, targets = torch.tensor([0, 0, 1, 1, 0]), torch.tensor([1, 2, 0, 3, 1])
+    many = 40  # more rows than are looked at in one go
+    logits, rows = logits.repeat(many, 1), torch.cat([rows + 2 * i for i in range(many)])
+    targets = targets.repeat(many)
     expected = torch.log_softmax(logits.float(), -1)[rows, targets]
     values, greedy = _read(logits.clone(), rows, targets)
-    assert greedy.tolist() == [True, False, True, False]
+    assert greedy.tolist() == [True, False, True, False, True] * many
     assert torch.allclose(values, expected)
 
 
