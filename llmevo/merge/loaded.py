@@ -77,7 +77,9 @@ class Loaded:
             "available": memory.available(self._device),
         }
 
-    def merge(self, recipe: dict[str, Any], seed: int, exact: bool = False) -> int:
+    def merge(
+        self, recipe: dict[str, Any], seed: int, exact: bool = False, *, name: str | None = None
+    ) -> int:
         """Do nothing, since the model is what every recipe of the genome says; return 0 bytes."""
         return 0
 
