@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch.nn import functional
@@ -20,12 +20,26 @@ from transformers import AttentionInterface, PreTrainedModel
 from llmevo.evaluate.packing import Batch
 
 NAME = "llmevo_packed"
-_current: ContextVar[Layout] = ContextVar("layout")
+_current: ContextVar[Attends] = ContextVar("layout")
 _UNKNOWN = ("softcap", "s_aux", "position_bias")  # what an attention may ask for that is not done here
 
 
 class NotPackable(Exception):
     """This model's attention cannot be computed on packed tokens; the message says why."""
+
+
+class Attends(Protocol):
+    """What computes the attention of flat tokens."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """Attention of one layer, `[tokens, heads, width]` each and back."""
+        ...
+
+    def check(self, options: dict[str, Any]) -> None:
+        """Raise NotPackable if a layer asks for what is not done here."""
+        ...
 
 
 @final
@@ -96,12 +110,22 @@ class Layout:
 
     def check(self, options: dict[str, Any]) -> None:
         """Raise NotPackable if a layer asks for what is not done here."""
-        window = options.get("sliding_window")
-        if window is not None and window < self._longest:
-            raise NotPackable(f"a sliding window of {window} tokens is shorter than a request")
-        for name in _UNKNOWN:
-            if options.get(name) is not None:
-                raise NotPackable(f"its attention uses `{name}`")
+        refuse(options, self._longest)
+
+
+def refuse(options: dict[str, Any], longest: int) -> None:
+    """Raise NotPackable for attention that is more than each token's to those before it in its sequence.
+
+    Args:
+        options: What transformers passes to a layer's attention beside queries, keys and values.
+        longest: Tokens of the longest sequence.
+    """
+    window = options.get("sliding_window")
+    if window is not None and window < longest:
+        raise NotPackable(f"a sliding window of {window} tokens is shorter than a request")
+    for name in _UNKNOWN:
+        if options.get(name) is not None:
+            raise NotPackable(f"its attention uses `{name}`")
 
 
 def _mask(seen: torch.Tensor, gather: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
@@ -186,7 +210,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def laid_out(layout: Layout) -> Iterator[None]:
+def laid_out(layout: Attends) -> Iterator[None]:
     """Within the block, attention follows `layout`."""
     token = _current.set(layout)
     try:

@@ -46,14 +46,14 @@ class PackedModel:
     """
 
     def __init__(self, model: PreTrainedModel, longest: int) -> None:
-        _refuse(model)
+        refuse_model(model)
         self._model = model
         self._longest = longest
         tokens, room, group = _CUDA if model.device.type == "cuda" else _CPU
         text = model.config.get_text_config()
         self._limits = Limits(tokens, max(1, min(tokens, room // (4 * int(text.vocab_size)))))
         self._costs = Costs(_pair_cost(model), group)
-        self._window = _window(model)
+        self._window = narrowest_window(model)
         self._layers = int(text.num_hidden_layers)
         self.halved = 0
 
@@ -165,7 +165,7 @@ def _read(
     return values, greedy
 
 
-def _refuse(model: PreTrainedModel) -> None:
+def refuse_model(model: PreTrainedModel) -> None:
     """Raise NotPackable where the configuration says that tokens depend on more than those that they see."""
     config = model.config
     text = config.get_text_config()
@@ -186,7 +186,7 @@ def _refuse(model: PreTrainedModel) -> None:
         pass
 
 
-def _window(model: PreTrainedModel) -> float:
+def narrowest_window(model: PreTrainedModel) -> float:
     """Tokens of the narrowest sliding window; infinity without one."""
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None)

@@ -59,6 +59,7 @@ class Forward:
     Attributes:
         packed: Whether examples share rows.
         partial: Whether the head runs at the targets only.
+        apart: Whether examples lie in one row, and each attends by itself.
         prefix: What is kept of the layers below the adapters; None where nothing is.
     """
 
@@ -66,7 +67,7 @@ class Forward:
         self._model = model
         self._body = model.base_model
         self._head = model.get_output_embeddings()
-        self.packed = self.partial = False
+        self.packed = self.partial = self.apart = False
         self.prefix: Prefix | None = None
         short = [Example(e.tokens[:_PROBE], np.arange(len(e.tokens[:_PROBE])) > 0) for e in examples[:3]]
         tolerance = _TOLERANCE.get(str(model.dtype), 1e-4)
@@ -75,6 +76,9 @@ class Forward:
         self.partial = self.partial and _close(self._probe(short), plain, tolerance)
         self.packed = len(short) > 1
         self.packed = self.packed and _close(self._probe(short), plain, tolerance)
+        self._window = self._longest_apart()
+        self.apart = self.packed and self._window > 0
+        self.apart = self.apart and _close(self._probe(short), plain, tolerance) and self._trains(short)
         self._short, self._tolerance = short, tolerance
         self._tried: dict[int, bool] = {}
         self.prefix = self._make_prefix(known) if known else None
@@ -106,15 +110,41 @@ class Forward:
             prefix.first = first if self._tried.get(first) else 0
             yield
 
+    def _longest_apart(self) -> float:
+        """Up to how many tokens an example may attend by itself; 0 where model or device are not for it."""
+        from llmevo.evaluate.attention import NotPackable
+        from llmevo.evaluate.packed import narrowest_window, refuse_model
+
+        if self._model.device.type != "cpu":
+            return 0
+        try:
+            refuse_model(self._model)
+        except NotPackable:
+            return 0
+        return narrowest_window(self._model)
+
+    def _trains(self, examples: list[Example]) -> bool:
+        """Whether a training computes the examples like that, too; dropped attention is not known there."""
+        import torch
+
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self._model.train()
+                return self._probe(examples) is not None
+        finally:
+            self._model.eval()
+
     def _probe(self, examples: list[Example]) -> torch.Tensor | None:
         """Each target's loss in the examples' order; None where the model does not take the input."""
         import torch
+
+        from llmevo.evaluate.attention import NotPackable
 
         try:
             with torch.inference_mode():
                 batch = lay_out(examples, self.packed, sum(map(len, examples)))
                 found = self.nll(batch)
-        except (TypeError, ValueError, AttributeError, RuntimeError):
+        except (TypeError, ValueError, AttributeError, RuntimeError, NotPackable):
             if not (self.packed or self.partial or self.prefix):
                 raise  # the plain way must work
             return None
@@ -122,8 +152,15 @@ class Forward:
 
     def losses(self, examples: Sequence[Example]) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
         """The negative log-likelihood of each target; see `Losses`."""
-        batch = lay_out(examples, self.packed)
+        batch = lay_out(examples, self.packed, sum(map(len, examples)) if self.in_one_row(examples) else 0)
         return self.nll(batch), batch.owners
+
+    def in_one_row(self, examples: Sequence[Example]) -> bool:
+        """Whether these examples are best laid out in one row now."""
+        if not self.apart or max(map(len, examples)) > self._window:
+            return False
+        # What is computed again in the backward pass would not know how the examples lay.
+        return not any(getattr(part, "gradient_checkpointing", False) for part in self._model.modules())
 
     def nll(self, batch: Batch) -> torch.Tensor:
         """The negative log-likelihood of each target of a laid out batch, float32, shape (targets,)."""
@@ -134,7 +171,8 @@ class Forward:
         device = self._model.device
         inputs, sources = self._inputs(batch), torch.from_numpy(batch.sources).to(device)
         labels = torch.from_numpy(batch.labels).to(device)
-        with self._entered(batch):
+        # What lies below is computed on entering, before examples lie as in this batch.
+        with self._entered(batch), self._attending(batch):
             if not self.partial:
                 logits = self._model(**inputs).logits.flatten(0, 1)[sources].float()
                 return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -150,6 +188,14 @@ class Forward:
         if self.packed:
             found["position_ids"] = torch.from_numpy(batch.positions).to(device)
         return found
+
+    def _attending(self, batch: Batch) -> AbstractContextManager[None]:
+        """Let each example attend by itself, where the batch is laid out for it."""
+        if not self.apart:
+            return nullcontext()
+        from llmevo.train.apart import apart, whole
+
+        return apart(self._model, batch) if whole(batch) else nullcontext()
 
     def _entered(self, batch: Batch) -> AbstractContextManager[None]:
         """Let the model begin above what is known, if it may."""

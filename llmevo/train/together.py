@@ -18,6 +18,7 @@ from llmevo.genome.train import TrainSettings
 from llmevo.train.data import Batch, Example, lay_out
 from llmevo.train.forward import Forward
 from llmevo.train.loop import Step, check, checkpointing, learning_rate
+from llmevo.train.norms import quick_norms
 from llmevo.train.stack import Stack, State
 
 _IDLE = Example(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool))
@@ -114,7 +115,7 @@ class Together:
             [_ratios(settings) for settings in chosen],
             [settings.weight_decay for settings in chosen],
         )
-        with stack.on(self._model), self._forward.above():
+        with stack.on(self._model), quick_norms(self._model), self._forward.above():
             self._model.train()
             while self._unfinished(ends) == active and time.monotonic() < end:
                 self._step(stack, active)
@@ -146,11 +147,18 @@ class Together:
 
     def _sums(self, stack: Stack, taken: Sequence[Sequence[Example]]) -> torch.Tensor:
         """The sum of each candidate's losses, shape (candidates,)."""
-        width = max(len(example) for examples in taken for example in examples)
         # A candidate without examples has a row all the same.
-        laid = [lay_out(examples or [_IDLE], self._forward.packed, width) for examples in taken]
-        stack.rows.counts = tuple(len(batch.tokens) * width for batch in laid)
-        losses = self._forward.nll(side_by_side(laid, width))
+        taken = [examples or [_IDLE] for examples in taken]
+        if self._forward.in_one_row([example for examples in taken for example in examples]):
+            laid = [lay_out(examples, True, sum(map(len, examples))) for examples in taken]
+            batch = one_behind_another(laid)
+            stack.rows.counts = tuple(part.tokens.size for part in laid)
+        else:
+            width = max(len(example) for examples in taken for example in examples)
+            laid = [lay_out(examples, self._forward.packed, width) for examples in taken]
+            batch = side_by_side(laid, width)
+            stack.rows.counts = tuple(len(part.tokens) * width for part in laid)
+        losses = self._forward.nll(batch)
         return torch.stack(
             [part.sum() for part in torch.split(losses, [len(batch.labels) for batch in laid])]
         )
@@ -173,6 +181,27 @@ def _ratios(settings: TrainSettings) -> tuple[float, float]:
     if settings.adapter == "lorafa":
         return 0.0, 1.0
     return 1.0, settings.loraplus_ratio if settings.adapter == "loraplus" else 1.0
+
+
+def one_behind_another(batches: Sequence[Batch]) -> Batch:
+    """One batch of one row of several of one row each; owners count through."""
+    sizes = [batch.tokens.size for batch in batches]
+    counts = [len(batch.lengths) for batch in batches]
+    before = np.cumsum([0, *sizes[:-1]])
+    examples = np.cumsum([0, *counts[:-1]])
+
+    def moved(name: str, by: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.concatenate([getattr(batch, name) + at for batch, at in zip(batches, by, strict=True)])
+
+    return Batch(
+        np.concatenate([batch.tokens for batch in batches], axis=1),
+        np.concatenate([batch.positions for batch in batches], axis=1),
+        moved("sources", before),
+        np.concatenate([batch.labels for batch in batches]),
+        moved("owners", examples),
+        moved("starts", before),
+        np.concatenate([batch.lengths for batch in batches]),
+    )
 
 
 def side_by_side(batches: Sequence[Batch], width: int) -> Batch:

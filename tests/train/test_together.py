@@ -28,7 +28,7 @@ from llmevo.train.together import Candidate, Together, side_by_side  # noqa: E40
 FOUR = [
     TrainSettings(rank=2, alpha=4, learning_rate=1e-3, batch_size=8, epochs=6, weight_decay=0.1),
     TrainSettings(
-        rank=4, alpha=8, learning_rate=3e-3, batch_size=4, epochs=3, target_modules="attn", adapter="rslora"
+        rank=4, alpha=8, learning_rate=2e-3, batch_size=4, epochs=3, target_modules="attn", adapter="rslora"
     ),
     TrainSettings(
         rank=8,
