@@ -204,7 +204,7 @@ def compare(setting: Setting) -> dict[str, Any]:
         for name, tensors in theirs.items():
             found[f"{mode} against {name}"] = _difference(ours, tensors)
     single = replace(setting, dtype="float32")
-    _, rows = llmevo(single, [1], "exact")
+    _, rows = llmevo(single, [1], mode="exact")
     reference = lm_eval(single, merged, Path(sys.executable).parent)
     found["float32 accuracies"] = {"llmevo": rows[0]["tasks"], "lm-eval": reference}
     found["float32 accuracies equal"] = rows[0]["tasks"] == reference

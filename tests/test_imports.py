@@ -31,6 +31,7 @@ ROWS: list[list[str]] = [
     ["genome", "strength", "stats"],
     ["trial"],
     ["space", "gene"],
+    ["attention"],
     ["rundir", "resources", "embedded", "usercache", "quiet", "hub"],
     ["errors"],
 ]

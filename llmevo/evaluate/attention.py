@@ -1,45 +1,17 @@
-"""Attention over a batch of flat tokens, as a backend of transformers.
-
-transformers hands each layer's queries, keys and values to a function that the model's configuration names.
-Ours knows which token sees which: everything else about the model stays transformers' own code.
+"""Attention over the tokens of an evaluation's batch, in which requests share what they begin with.
 
 Imported only where torch and transformers are in use already.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
 
+from llmevo.attention import refuse
 from llmevo.evaluate.packing import Batch
-
-NAME = "llmevo_packed"
-_current: ContextVar[Attends] = ContextVar("layout")
-_UNKNOWN = ("softcap", "s_aux", "position_bias")  # what an attention may ask for that is not done here
-
-
-class NotPackable(Exception):
-    """This model's attention cannot be computed on packed tokens; the message says why."""
-
-
-class Attends(Protocol):
-    """What computes the attention of flat tokens."""
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
-    ) -> torch.Tensor:
-        """Attention of one layer, `[tokens, heads, width]` each and back."""
-        ...
-
-    def check(self, options: dict[str, Any]) -> None:
-        """Raise NotPackable if a layer asks for what is not done here."""
-        ...
 
 
 @final
@@ -113,21 +85,6 @@ class Layout:
         refuse(options, self._longest)
 
 
-def refuse(options: dict[str, Any], longest: int) -> None:
-    """Raise NotPackable for attention that is more than each token's to those before it in its sequence.
-
-    Args:
-        options: What transformers passes to a layer's attention beside queries, keys and values.
-        longest: Tokens of the longest sequence.
-    """
-    window = options.get("sliding_window")
-    if window is not None and window < longest:
-        raise NotPackable(f"a sliding window of {window} tokens is shorter than a request")
-    for name in _UNKNOWN:
-        if options.get(name) is not None:
-            raise NotPackable(f"its attention uses `{name}`")
-
-
 def _mask(seen: torch.Tensor, gather: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
     """What is added to the scores, `[rows, 1, width, start + width]`: 0 where seen, else minus infinity."""
     rows, width = gather.shape
@@ -163,57 +120,3 @@ def _attention(
         enable_gqa=grouped > 1,
     ).transpose(1, 2)
     return result
-
-
-def _forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each layer, with `[1, heads, tokens, width]` each."""
-    layout = _current.get()
-    layout.check(options)
-    if len(query) != 1 or not getattr(module, "is_causal", True) or dropout:
-        raise NotPackable("its attention is not that of a decoder over one batch of tokens")
-    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return layout.attend(id(module), queries, keys, values, scaling).unsqueeze(0), None
-
-
-AttentionInterface.register(NAME, _forward)
-
-
-@contextlib.contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, `model` attends by `_forward`.
-
-    Raises:
-        NotPackable: The model does not leave its attention to a function.
-    """
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    if not all(
-        part._can_set_attn_implementation() for part in model.modules() if isinstance(part, PreTrainedModel)
-    ):
-        raise NotPackable("its attention is not pluggable")
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = NAME
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-
-
-@contextlib.contextmanager
-def laid_out(layout: Attends) -> Iterator[None]:
-    """Within the block, attention follows `layout`."""
-    token = _current.set(layout)
-    try:
-        yield
-    finally:
-        _current.reset(token)

@@ -17,7 +17,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from llmevo.evaluate.attention import NotPackable
+from llmevo.attention import NotPackable
 from llmevo.evaluate.hardware import free_memory
 from llmevo.evaluate.packed import PackedModel
 from llmevo.evaluate.packing import Packing

@@ -5,7 +5,6 @@ Imported only where torch and transformers are in use already.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -13,8 +12,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from llmevo.attention import NotPackable, laid_out, narrowest_window, packed_attention, refuse_model
 from llmevo.errors import StageError
-from llmevo.evaluate.attention import Layout, NotPackable, laid_out, packed_attention
+from llmevo.evaluate.attention import Layout
 from llmevo.evaluate.hardware import free_memory
 from llmevo.evaluate.packing import Batch, Limits, Packing, pack
 from llmevo.evaluate.trie import Costs
@@ -26,8 +26,6 @@ _CPU = 1024, 256 << 20, 64.0
 _CUDA = 16384, 2 << 30, 4096.0
 _ATTENTION = 2.5  # how much longer an operation of the attention takes than one of the linear layers
 _ROWS = {"cpu": 64, "cuda": 1024}  # logits that are read at once
-_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
-_MOVING_ROTATIONS = ("dynamic", "longrope")
 
 
 @final
@@ -163,35 +161,6 @@ def _read(
         totals.append(exact.sub_(most[:, None]).exp_().sum(-1).log_())
     values = picked.float() - highest[rows].float() - torch.cat(totals)[rows]
     return values, greedy
-
-
-def refuse_model(model: PreTrainedModel) -> None:
-    """Raise NotPackable where the configuration says that tokens depend on more than those that they see."""
-    config = model.config
-    text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        raise NotPackable("it is an encoder and a decoder")
-    odd = sorted(set(getattr(text, "layer_types", None) or ()) - _PLAIN_LAYERS)
-    if odd:
-        raise NotPackable(f"it has layers of type {', '.join(odd)}")
-    rotation = getattr(text, "rope_parameters", None) or {}
-    kinds = [
-        rotation.get("rope_type"),
-        *(r.get("rope_type") for r in rotation.values() if isinstance(r, dict)),
-    ]
-    for kind in kinds:
-        if kind in _MOVING_ROTATIONS:
-            raise NotPackable(f"its positions ({kind}) depend on the longest request in a batch")
-    with packed_attention(model):
-        pass
-
-
-def narrowest_window(model: PreTrainedModel) -> float:
-    """Tokens of the narrowest sliding window; infinity without one."""
-    text = model.config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    slides = kinds is None or "sliding_attention" in kinds
-    return (getattr(text, "sliding_window", None) or math.inf) if slides else math.inf
 
 
 def _pair_cost(model: PreTrainedModel) -> float:

@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from torch.nn import functional
 
-from llmevo.evaluate.attention import laid_out, packed_attention, refuse
+from llmevo.attention import laid_out, packed_attention, refuse
 from llmevo.train.data import Batch
 
 

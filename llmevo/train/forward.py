@@ -112,8 +112,7 @@ class Forward:
 
     def _longest_apart(self) -> float:
         """Up to how many tokens an example may attend by itself; 0 where model or device are not for it."""
-        from llmevo.evaluate.attention import NotPackable
-        from llmevo.evaluate.packed import narrowest_window, refuse_model
+        from llmevo.attention import NotPackable, narrowest_window, refuse_model
 
         if self._model.device.type != "cpu":
             return 0
@@ -138,7 +137,7 @@ class Forward:
         """Each target's loss in the examples' order; None where the model does not take the input."""
         import torch
 
-        from llmevo.evaluate.attention import NotPackable
+        from llmevo.attention import NotPackable
 
         try:
             with torch.inference_mode():
