@@ -16,6 +16,14 @@ def bitsandbytes() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+def transformers() -> None:
+    """Keep back transformers' bars and hints, which would stand between the lines of a command."""
+    from transformers.utils import logging as theirs
+
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+
+
 def semaphores() -> None:
     """Keep back that a worker which was killed leaves a semaphore behind.
 

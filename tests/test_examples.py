@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -177,10 +178,11 @@ def test_eln_corpora_share_no_document_and_no_passage(example) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_eln_holds_a_single_training_and_random_search_against_the_population(
-    tmp_path: Path, smollm2: Path
+    tmp_path: Path, tiny_llamas: Any
 ) -> None:
+    """With a tiny model in SmolLM2's place: what is shown is that the three runs fit together."""
     (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
+    (tmp_path / ".cache" / "smollm2").symlink_to(tiny_llamas.base)
     done = run("examples/eln.py", "--smoke", "--folder", str(tmp_path), timeout=1000)
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / "runs" / "eln" / "report.html").read_text()

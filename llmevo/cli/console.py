@@ -120,7 +120,7 @@ def _effort(findings: Findings) -> list[tuple[str, str]]:
 
 def _counted(counts: dict[str, int], budget: int) -> str:
     text = f"{counts['complete']} ok, {counts['failed']} failed of {budget}"
-    return text + (f", {counts['pending']} in flight" if counts["pending"] else "")
+    return text + (f", {counts['pending']} not finished" if counts["pending"] else "")
 
 
 def origins(findings: Findings) -> str:

@@ -87,10 +87,11 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Write a trial's weights, tokenizer and a model card with the evidence."""
-    from llmevo import merge
+    from llmevo import merge, quiet
     from llmevo.cli import card, trained
 
     findings, trial, recipe = _chosen(run_path, number)
+    quiet.transformers()
     adapter = trained.adapter_of(findings, trial)
     text = card.render(findings, trial, _yaml(recipe), out.resolve().name)
     genome = findings.genome

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -200,6 +205,55 @@ def test_a_run_that_dies_in_a_rung_ends_as_one_that_does_not(
     with Store.open(run_dir, readonly=True) as ours, Store.open(finished[0], readonly=True) as theirs:
         assert [row.score for row in ours.holdout()] == [row.score for row in theirs.holdout()]
     assert steps == 20 + 6 * 2 + 2 * 4 + 14  # what was trained before the death is not trained again
+
+
+def rungs_in(run_dir: Path) -> int:
+    """How many outcomes of rungs are in the store, from outside."""
+    if not Store.exists(run_dir):
+        return 0
+    with Store.open(run_dir, readonly=True) as store:
+        return len(store.rungs())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes where the cores are shared
+def test_a_command_killed_in_a_rung_ends_as_one_that_was_not(
+    finished: tuple[Path, InProcess], halved: Genome, tmp_path: Path
+) -> None:
+    """`kill -9` of the real command and not of its worker, which must end by itself."""
+    whole, run_dir = finished[0], tmp_path / "run"
+    (tmp_path / "genome.yaml").write_text(genomes.dump(halved))
+    given = ["run", str(tmp_path / "genome.yaml"), "--run-dir", str(run_dir), "--display", "none"]
+
+    def start() -> subprocess.Popen[str]:
+        program = "from llmevo.cli import main; main()"
+        return subprocess.Popen(
+            [sys.executable, "-c", program, *given],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    killed = start()
+    while rungs_in(run_dir) < 1:
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    # One outcome is stored, others are not, and states of trainings lie beside.
+    assert 1 <= rungs_in(run_dir) < 6
+    resumed = start()
+    _, said = resumed.communicate(timeout=900)
+    assert resumed.returncode == 0, said
+    assert without_clock(run_dir) == without_clock(whole)
+    with Store.open(run_dir, readonly=True) as ours, Store.open(whole, readonly=True) as theirs:
+        assert [row.score for row in ours.holdout()] == [row.score for row in theirs.holdout()]
+    assert rungs_in(run_dir) == rungs_in(whole) == 8
+    kept = [sorted(path.name for path in (folder / "adapters").iterdir()) for folder in (run_dir, whole)]
+    assert kept[0] == kept[1]
 
 
 def test_merge_then_train_with_rungs_by_the_loss_and_the_task_at_the_end(
