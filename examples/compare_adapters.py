@@ -23,6 +23,7 @@ from typing import Any
 # Before transformers is imported: everything is on this machine.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from quickstart import llmevo, say
 

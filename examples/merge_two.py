@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # bars would stand between the lines below
 
 import yaml
 
