@@ -147,14 +147,19 @@ def _read(
 
     `torch.logsumexp` would take twice as long as the product that makes the logits.
     """
+    step = _ROWS.get(logits.device.type, _ROWS["cpu"])
     picked = logits[rows, targets]
     highest = logits.amax(-1)
     greedy = picked == highest[rows]
     if bool(greedy.any()):  # of equal logits, the first is greedy decoding's
-        among = rows[greedy]
-        greedy[greedy.clone()] = logits.index_select(0, among).argmax(-1) == targets[greedy]
+        likeliest = torch.full((len(logits),), -1, device=rows.device)
+        likeliest[rows[greedy]] = 0  # many pairs read one row: the choices of an item begin alike
+        among = (likeliest == 0).nonzero()[:, 0]
+        for first in range(0, len(among), step):
+            part = among[first : first + step]
+            likeliest[part] = logits.index_select(0, part).argmax(-1)
+        greedy &= likeliest[rows] == targets
     totals = []
-    step = _ROWS.get(logits.device.type, _ROWS["cpu"])
     for first in range(0, len(logits), step):
         exact = logits[first : first + step].float()
         most = highest[first : first + step].float()
