@@ -17,6 +17,7 @@ from llmevo.errors import GenomeError  # noqa: E402
 from llmevo.train import comparison, memory  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untouched")
 def test_methods_are_trained_on_the_same_tokens_and_scored_on_the_same_examples(
     tiny: Any, tokenizer: Any, facts_file: Path

@@ -31,6 +31,7 @@ def bench() -> Iterator[Any]:
         sys.path.remove(str(_FOLDER))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # accelerate's, on a CPU
 def test_every_side_has_the_same_losses(
     bench: Any, tiny_folder: Path, tokenizer: Any, tmp_path: Path
