@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -196,9 +195,8 @@ class MergePipeline:
 
         rungs = self._fitness.describe().get("rungs") or ()
         if self._trainer is None and len(rungs) > 1 and not isinstance(self._merger, Loaded):
-            # As many as the first rung's survivors are; each more saves less than it takes.
             batch = min(genome.search.batch(len(self._recipes.space)), genome.search.trials)
-            self._merger.keep(math.ceil(batch / genome.search.halving.eta), genome.run.workers)
+            self._merger.keep(batch - 1, genome.run.workers)
 
     def run(self, job: Job) -> Outcome:
         """Merge, train and evaluate; a failure is an Outcome with `error`, never an exception.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -11,8 +9,6 @@ from llmevo.merge.layout import Arena, like
 
 if TYPE_CHECKING:
     import torch
-
-_PATIENCE = 2.0  # merges: what getting a place may take, which saves about one merge in each batch
 
 
 @final
@@ -46,9 +42,7 @@ class Kept:
         arena: The buffers.
 
     Attributes:
-        most: How many places there may be, at least 1. Memory is taken when a merge first wants it, and no
-            more once that was slow: a virtual machine may have to get each page from its host, which took 1
-            to 5 s for 0.5 GB where a merge took 0.2 s.
+        most: How many places there may be, at least 1; memory is taken when a merge first wants it.
     """
 
     def __init__(self, model: Any, arena: Arena) -> None:
@@ -57,7 +51,6 @@ class Kept:
         self._parameters = list(model.parameters())  # tied ones once
         self._slots = [arena.slot(parameter.data) for parameter in self._parameters]
         buffers = {slot.buffer: arena.buffers[slot.buffer] for slot in self._slots}
-        self._seconds: deque[float] = deque(maxlen=2)  # of the latest merges; the first may compile loops
         # The latest used is the last, and is the one in use.
         self._places = [_Place(buffers, [parameter.data for parameter in self._parameters])]
 
@@ -76,37 +69,22 @@ class Kept:
             What `FastMerge` left of the weights that lie there.
         """
         if self._places[-1].name is not None and self.most > 1:
-            self._use(self._new() or self._places[0])
+            self._use(self._new() if len(self._places) < self.most else self._places[0])
         place = self._places[-1]
         written, place.name, place.written = place.written, None, None
         return written
 
-    def put(self, name: str | None, written: Any, seconds: float | None) -> None:
-        """Remember what lies in the model's memory now.
-
-        Args:
-            name: Under which it is to be found; None for not at all.
-            written: What `FastMerge` knows of it.
-            seconds: What the merge took; None if it had nothing to write.
-        """
+    def put(self, name: str | None, written: Any) -> None:
+        """Remember what lies in the model's memory now, and under which name it is to be found."""
         self._places[-1].name, self._places[-1].written = name, written
-        if name is not None and seconds is not None:
-            self._seconds.append(seconds)
 
-    def _new(self) -> _Place | None:
-        """Another place; None where there are enough, or none can be had in time."""
-        if len(self._places) >= self.most or len(self._seconds) < 2:
-            return None
-        left = _PATIENCE * min(self._seconds)
-        buffers = {}
-        for index, buffer in self._places[-1].buffers.items():
-            started = time.monotonic()
-            made = like(buffer, left)
-            if made is None:
-                self.most = len(self._places)
-                return None
-            buffers[index] = made
-            left -= time.monotonic() - started
+    def _new(self) -> _Place:
+        """Another place; the one used the longest ago where the memory does not suffice after all."""
+        try:
+            buffers = {index: like(buffer) for index, buffer in self._places[-1].buffers.items()}
+        except MemoryError:
+            self.most = len(self._places)
+            return self._places[0]
         weights = [
             buffers[slot.buffer][slot.start : slot.stop].view(parameter.shape)
             for slot, parameter in zip(self._slots, self._parameters, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
 # Elements, not bytes: buffers of different dtypes then have the same offsets, and neighbours in one are
 # neighbours in all. 64 elements are at least a cache line of any dtype.
 ALIGNMENT = 64
-_PAGE, _SLICE = 4096, 32 << 20  # bytes: of a page of memory, and between two looks at the clock
 
 
 @final
@@ -114,29 +112,13 @@ def place(model: Any, arena: Arena) -> None:
             parameter.data = views[name]
 
 
-def like(buffer: torch.Tensor, seconds: float) -> torch.Tensor | None:
-    """Make another buffer of the same size and kind, zeroed, with all of its pages there.
+def like(buffer: torch.Tensor) -> torch.Tensor:
+    """Make another buffer of the same size and kind, zeroed.
 
-    Args:
-        buffer: In main memory.
-        seconds: What it may take.
-
-    Returns:
-        None if it took longer, or if there is no room.
+    Raises:
+        MemoryError: There is no room.
     """
-    import torch
-
-    until = time.monotonic() + seconds
-    try:
-        made = _zeros(buffer.numel(), buffer.dtype, buffer.device, False)
-    except MemoryError:
-        return None
-    pages = made.view(torch.uint8)
-    for low in range(0, len(pages), _SLICE):
-        if time.monotonic() > until:
-            return None
-        pages[low : low + _SLICE : _PAGE] = 0
-    return made
+    return _zeros(buffer.numel(), buffer.dtype, buffer.device, False)
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:

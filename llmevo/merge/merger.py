@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -115,7 +114,7 @@ class Merger:
         to; it is taken as merges want it.
 
         Args:
-            wanted: How many, at most; fewer where getting memory takes longer than two merges.
+            wanted: How many, at most.
             workers: Processes of this run that share the machine, each with a merger.
 
         Returns:
@@ -151,9 +150,8 @@ class Merger:
         if name is not None and self._kept.turn_to(name):
             return 0
         self._fast.last = self._kept.make_room()
-        started = time.monotonic()
         written = self._merged(recipe, seed, exact)
-        self._kept.put(name, self._fast.last, time.monotonic() - started if written else None)
+        self._kept.put(name, self._fast.last)
         return written
 
     def _merged(self, recipe: dict[str, Any], seed: int, exact: bool) -> int:
