@@ -118,10 +118,9 @@ class MergePipeline:
 
     Parents, tasks, prompts and examples are loaded when the pipeline is made; a job costs one merge, the
     training where the genome has `train`, and the forward passes. Weights that have answered a job's items
-    before cost none of it, and where a batch is halved, merges are kept for its next rungs. A job that fails,
-    in whatever way, leaves the pipeline ready for the next one: a failed merge is not taken up again, and
-    adapters come off. A job with a recipe of its own (a parent, say) is not trained, nor is one whose adapter
-    the run directory has.
+    before cost none of it. A job that fails, in whatever way, leaves the pipeline ready for the next one:
+    each merge writes every weight anew, and adapters come off. A job with a recipe of its own (a parent, say)
+    is not trained, nor is one whose adapter the run directory has.
 
     Args:
         genome: The genome.
@@ -161,7 +160,6 @@ class MergePipeline:
                 cache=evaluate.open_cache() if genome.run.cache else None,
             )
         self._fitness = fitness.Fitness(genome, evaluator, self._trainer)
-        self._keep_merges(genome)
         self._shared: dict[int, float] = {}
         self._kept = None if genome.run.dir is None else Path(genome.run.dir) / ADAPTERS
         self._facts: dict[str, Any] = {
@@ -189,15 +187,6 @@ class MergePipeline:
             metrics=[task.name for task in genome.own_tasks],
         )
 
-    def _keep_merges(self, genome: Genome) -> None:
-        """Where a batch is halved, keep its merged models for the rungs to come, as far as memory is free."""
-        from llmevo.merge import Loaded
-
-        rungs = self._fitness.describe().get("rungs") or ()
-        if self._trainer is None and len(rungs) > 1 and not isinstance(self._merger, Loaded):
-            batch = min(genome.search.batch(len(self._recipes.space)), genome.search.trials)
-            self._merger.keep(batch - 1, genome.run.workers)
-
     def run(self, job: Job) -> Outcome:
         """Merge, train and evaluate; a failure is an Outcome with `error`, never an exception.
 
@@ -217,7 +206,7 @@ class MergePipeline:
                     # What is trained is not known by its merge, and its adapter is wanted.
                     weights = None if trains else self._merger.identity(merged, job.seed, exact=job.exact)
                     if weights is None or not self._fitness.known(job.split, job.rung, weights):
-                        sizes[stage] = self._merger.merge(merged, job.seed, job.exact, name=weights)
+                        sizes[stage] = self._merger.merge(merged, job.seed, exact=job.exact)
                 if trains:
                     stage = "train"
                     with _timed(seconds, stage):

@@ -112,46 +112,6 @@ def test_weights_that_have_answered_are_neither_merged_nor_asked(
     assert MergePipeline(off).run(Job(9, params, seed=0)).items["cached"] == 0
 
 
-@pytest.mark.parametrize("mode", ["fast", "exact"])
-def test_merges_are_kept_for_the_next_rung(
-    genome: Genome, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    from llmevo.merge import memory
-
-    search = genome.search.model_copy(
-        update={
-            "halving": genome.search.halving.model_copy(update={"enabled": True, "first": 8}),
-            "population": 4,
-        }
-    )
-    stage = genome.merge.model_copy(update={"mode": mode})
-    run = genome.run.model_copy(update={"cache": False})
-    halved = genome.model_copy(update={"search": search, "merge": stage, "run": run})
-    keeping = MergePipeline(halved)
-    merged = keeping.describe()["memory"]["merged"]
-    assert keeping.describe()["memory"]["kept"] == {"models": 3, "bytes": 3 * merged}
-    whole = halved.model_copy(update={"search": genome.search})
-    assert "kept" not in MergePipeline(whole).describe()["memory"]  # nobody would want it again
-    monkeypatch.setattr(memory, "available", lambda device: 100 * merged)
-    workers = halved.model_copy(update={"run": run.model_copy(update={"workers": 20})})
-    assert MergePipeline(workers).describe()["memory"]["kept"]["models"] == 1
-    monkeypatch.setattr(memory, "available", lambda device: None)
-    plain = MergePipeline(halved)
-    assert plain.describe()["memory"]["kept"] == {"models": 0, "bytes": 0}
-    params = {number: start(genome, 0.1 + 0.2 * number) for number in range(4)}
-    for rung, numbers in ((0, (0, 1, 2, 3)), (1, (2, 0)), (None, (0,)), (0, (3,))):
-        for number in numbers:
-            job = Job(number, params[number], seed=0, rung=rung)
-            one, other = keeping.run(job), plain.run(job)
-            assert (one.score, one.metrics) == (other.score, other.metrics)
-            assert one.score is not None
-            if job.rung == 0 and number == 3 and len(numbers) == 1:
-                assert "merge" not in one.bytes  # it has answered these items
-            else:
-                assert (one.bytes["merge"] == 0) == (rung != 0)
-                assert (other.bytes["merge"] == 0) == (rung is None)  # the one in use
-
-
 def test_a_parents_recipe_scores_as_the_parent_does(pipeline: MergePipeline, genome: Genome) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -94,7 +94,7 @@ def preview(genome: Genome, run_dir: Path, layers: int) -> Preview:
     """
     recipes = Recipes(genome, layers)
     references = tuple(opening.references(genome, recipes))
-    batch = genome.search.batch(len(recipes.space))
+    batch = opening.batch(genome.search, recipes.space)
     quiet, note = _without_language_model(genome)
     trials: list[Trial] = []
     if quiet is not None:

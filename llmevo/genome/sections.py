@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -132,14 +131,6 @@ class SearchSpec(Spec):
     references: bool = True
     sigma0: Annotated[float, Field(gt=0, le=1)] = 1 / 6
     halving: HalvingSpec = HalvingSpec()
-
-    def batch(self, genes: int) -> int:
-        """Trials per `ask`: `population`, or CMA-ES's default of 4 + floor(3 ln d) for d genes.
-
-        The default is Hansen's (https://arxiv.org/abs/1604.00772, eq. 48); for the other proposers it is as
-        good as any. It must not depend on the machine or the workers, or a resumed run would ask differently.
-        """
-        return self.population or 4 + math.floor(3 * math.log(genes))
 
     @property
     def asks_model(self) -> bool:

@@ -159,10 +159,6 @@ class FastMerge:
         resolver: Says what a recipe's tensors are merged with.
         outputs: Where the resident model's parameters lie, by name; tied ones have one place.
         dtype: Of the models in memory, which is the one that mergekit computes in.
-
-    Attributes:
-        last: Of which structure and rows the resident model's weights are; None if they may be anything,
-            and everything is to be written.
     """
 
     def __init__(
@@ -180,7 +176,11 @@ class FastMerge:
         self._dtype = dtype
         self._masks = masks.Masks(arena, engine)
         self._bound: dict[str, Bound] = {}
-        self.last: tuple[str, Rows] | None = None
+        self._last: tuple[str, Rows] | None = None
+
+    def forget(self) -> None:
+        """Write everything anew next time: the model may hold anything."""
+        self._last = None
 
     def resolve(self, recipe: dict[str, Any]) -> Resolved | None:
         """Return the recipe with its parameters resolved; None if it has no fast form."""
@@ -209,7 +209,7 @@ class FastMerge:
         """
         skeleton = resolved.skeleton
         bound = self._bind(skeleton)
-        last, self.last = self.last, None
+        last, self._last = self._last, None
         rows: Rows
         if skeleton.method in masks.METHODS:
             rows = self._masks.rows(resolved, seed)[bound.order]
@@ -228,7 +228,7 @@ class FastMerge:
         bad = self._engine.run(works)
         if bad:
             raise StageError("merge", self._complaint(bound, *spans[bad[0]]))
-        self.last = (skeleton.key, rows)
+        self._last = (skeleton.key, rows)
         width = self._arena.buffers[bound.out[0].buffer].element_size()
         return sum(bound.out[i].stop - bound.out[i].start for i in np.flatnonzero(changed)) * width
 

@@ -40,12 +40,10 @@ class Arena:
 
     Attributes:
         buffers: One-dimensional tensors; a `Slot` is a range of one of them.
-        swaps: How often a buffer was replaced.
     """
 
     def __init__(self) -> None:
         self.buffers: list[torch.Tensor] = []
-        self.swaps = 0
         self._known: dict[int, int] = {}
 
     def slot(self, tensor: torch.Tensor) -> Slot:
@@ -57,14 +55,6 @@ class Arena:
                 return Slot(index, start, start + tensor.numel())
         self.buffers.append(tensor.detach().reshape(-1))
         return Slot(len(self.buffers) - 1, 0, tensor.numel())
-
-    def swap(self, index: int, buffer: torch.Tensor) -> None:
-        """Put other memory in a buffer's place: slots mean the same range of it from now on."""
-        if buffer is not self.buffers[index]:
-            self._known.pop(self.buffers[index].untyped_storage().data_ptr(), None)
-            self._known[buffer.untyped_storage().data_ptr()] = index
-            self.buffers[index] = buffer
-            self.swaps += 1
 
     def allocate(
         self,
@@ -110,15 +100,6 @@ def place(model: Any, arena: Arena) -> None:
         for name, parameter in own.items():
             views[name].copy_(parameter.data)
             parameter.data = views[name]
-
-
-def like(buffer: torch.Tensor) -> torch.Tensor:
-    """Make another buffer of the same size and kind, zeroed.
-
-    Raises:
-        MemoryError: There is no room.
-    """
-    return _zeros(buffer.numel(), buffer.dtype, buffer.device, False)
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -77,9 +77,7 @@ class Loaded:
             "available": memory.available(self._device),
         }
 
-    def merge(
-        self, recipe: dict[str, Any], seed: int, exact: bool = False, *, name: str | None = None
-    ) -> int:
+    def merge(self, recipe: dict[str, Any], seed: int, exact: bool = False) -> int:
         """Do nothing, since the model is what every recipe of the genome says; return 0 bytes."""
         return 0
 

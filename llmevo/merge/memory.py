@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 # What is left to the evaluation, its activations and everything else on the machine.
 _SHARE = 0.8
-# What merged models that are kept may take of what is free once everything else is loaded.
-_KEPT_SHARE = 0.25
 
 
 def plan(
@@ -48,7 +46,6 @@ def plan(
         Plain data: `mode`, `device`, `models` (by name, `bytes`, `where`: a device, `host` or `file`, and
         `form`: `weights`, `changed` for the tensors that an adapter changes, `factors`), the bytes `merged`,
         `staging` (where blocks are copied to), `ranks`, `needed` and `available` (None where unknown).
-        `Merger.keep` adds `kept`: how many merged `models`, and their `bytes`.
 
     Raises:
         GenomeError: If all of it must be resident and does not fit, or not even the merged model does.
@@ -145,20 +142,6 @@ def bases(located: Mapping[str, Located], factors: Collection[str]) -> dict[str,
     there = {where.folder for where in located.values() if where.adapter is None}
     missing = {located[name].folder for name in factors} - there
     return {str(folder): Located(str(folder), folder, None) for folder in sorted(missing)} | dict(located)
-
-
-def keepable(plan: Mapping[str, Any], wanted: int, workers: int) -> int:
-    """Return how many of `wanted` merged models there is room for beside the one in use.
-
-    A quarter of the memory that is free now may be theirs, divided by the run's workers. None are kept on a
-    GPU, whose memory the evaluation's batches are made for, nor where the parents had no room.
-    """
-    import torch
-
-    device = torch.device(plan["device"])
-    free = available(device) if device.type == "cpu" and plan["mode"] == "resident" else None
-    room = int(_KEPT_SHARE * (free or 0) / workers)
-    return min(wanted, room // max(int(plan["merged"]), 1))
 
 
 def available(device: torch.device) -> int | None:

@@ -13,7 +13,6 @@ from llmevo.genome import MergeSpec, MergeStageSpec
 from llmevo.merge import adapters, identity, layout, memory, plan, weights
 from llmevo.merge.engines import engine_for
 from llmevo.merge.fast import METHODS, FastMerge
-from llmevo.merge.kept import Kept
 from llmevo.merge.layout import Arena
 from llmevo.merge.parents import check_parents, models_of
 from llmevo.merge.references import Located, canonical, locate, plain_reference, substitute
@@ -54,7 +53,7 @@ class Merger:
     Attributes:
         model: The resident model, in evaluation mode and without gradients. Before the first merge it has the
             weights of the base model, or of the first parent where there is none. Its parameters stay the
-            same objects, whatever is merged; in the same memory, unless `keep` was called.
+            same objects in the same memory, whatever is merged.
         tokenizer: That model's tokenizer; None where it has none.
         facts: What `check_parents` returned.
         memory: Where the weights lie and what they take, as `memory.plan` decided before loading; plain data.
@@ -96,7 +95,6 @@ class Merger:
         self.tokenizer = tokenizer_of(first)
         self._arena = Arena()
         layout.place(self.model, self._arena)
-        self._kept = Kept(self.model, self._arena)
         self._load(located, factors)
         self._arch = plan.architecture([plain_reference(where.folder) for where in located.values()])
         self._resolver = Resolver(lambda recipe: plan.trace(*self._plannable(recipe)), self._loaders)
@@ -106,29 +104,8 @@ class Merger:
         self._fast = FastMerge(self._arena, self._engine, self._resolver, outputs, self._dtype)
         self._check_coverage(first)
 
-    def keep(self, wanted: int, workers: int = 1) -> int:
-        """Keep merged models beside the one in use, so that those that are wanted again are not merged again.
-
-        Only on a CPU, and where the parents are in memory: elsewhere a merge takes little beside what it
-        would take from the evaluation's batches, or memory is short. `memory["kept"]` says what it may come
-        to; it is taken as merges want it.
-
-        Args:
-            wanted: How many, at most.
-            workers: Processes of this run that share the machine, each with a merger.
-
-        Returns:
-            How many there is room for.
-        """
-        kept = memory.keepable(self.memory, wanted, workers)
-        self._kept.most = 1 + kept
-        self.memory["kept"] = {"models": kept, "bytes": kept * self.memory["merged"]}
-        return kept
-
-    def merge(
-        self, recipe: dict[str, Any], seed: int, exact: bool = False, *, name: str | None = None
-    ) -> int:
-        """Merge a recipe into the resident model, or take up what was kept of it.
+    def merge(self, recipe: dict[str, Any], seed: int, exact: bool = False) -> int:
+        """Merge a recipe into the resident model.
 
         Args:
             recipe: A mergekit configuration as plain data, with the genome's own model names. Layers may be
@@ -136,8 +113,6 @@ class Merger:
             seed: Decides every random mask: the same recipe and seed give the same weights. 0 to 2^64 - 1.
                 torch's random state is left as it was.
             exact: Merge with mergekit's own arithmetic, whatever the stage's mode.
-            name: The `identity` of the same arguments. If the model, or one that is kept, has it, nothing is
-                merged, and what is merged is kept under it; None to merge in any case and keep nothing.
 
         Returns:
             Bytes written into the resident model; tensors that keep their weights are not written.
@@ -147,21 +122,13 @@ class Merger:
                 merged tensor has a value that is not finite. The resident model then holds parts of two
                 merges, which the next merge overwrites.
         """
-        if name is not None and self._kept.turn_to(name):
-            return 0
-        self._fast.last = self._kept.make_room()
-        written = self._merged(recipe, seed, exact)
-        self._kept.put(name, self._fast.last)
-        return written
-
-    def _merged(self, recipe: dict[str, Any], seed: int, exact: bool) -> int:
         import torch
 
         with self._refusals(), torch.no_grad():
             resolved = None if exact else self._fast_form(recipe)
             if resolved is not None:
                 return self._fast.merge(resolved, seed)
-            self._fast.last = None
+            self._fast.forget()
             whole = {name: weights.Whole(model, self._device) for name, model in self._loaders.items()}
             with self._random_state(seed), weights.loaders(whole):
                 return self._write(plan.steps(*self._plannable(recipe)))

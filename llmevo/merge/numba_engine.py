@@ -38,7 +38,6 @@ class NumbaEngine:
 
         self._arena = arena
         self._arrays: list[Any] = []
-        self._swaps = 0
         self._threads = threads or torch.get_num_threads()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -182,9 +181,6 @@ class NumbaEngine:
 
     def _look(self) -> None:
         """See the buffers that the arena got since the last call."""
-        if self._arena.swaps != self._swaps:
-            self._swaps = self._arena.swaps
-            self._arrays.clear()
         for buffer in self._arena.buffers[len(self._arrays) :]:
             self._arrays.append(_array(buffer))
 

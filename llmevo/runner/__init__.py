@@ -118,7 +118,7 @@ class _Sitting:
         store.set_meta("layers", layers)  # a replay has no models to ask
         self.recipes = Recipes(genome, layers)
         self.references = opening.references(genome, self.recipes)
-        self.batch = genome.search.batch(len(self.recipes.space))
+        self.batch = opening.batch(genome.search, self.recipes.space)
         given = chat if genome.search.asks_model else None
         self._chat = given or opening.client(genome, store.run_dir)
         history = store.trials()
@@ -296,7 +296,7 @@ class _Sitting:
             rung = last if stage.rung is None else stage.rung
             jobs = [
                 job_of(self.genome, self._pending[number], rung=stage.rung)
-                for number in rungs.order(stage)
+                for number in stage.missing
                 if number in self._pending
             ]
             for number in sorted(stage.out.keys() & self._pending.keys()):

@@ -53,9 +53,6 @@ def _memory(facts: Mapping[str, Any]) -> str:
     parts += [f"ranks for DELLA {size(plan['ranks'])}"] if plan["ranks"] else []
     parts += [f"staging {size(plan['staging'])}"] if plan["staging"] else []
     parts.append(f"the merged model {size(plan['merged'])}")
-    kept = plan.get("kept") or {"models": 0}
-    more = f"up to {kept['models']} more" if kept["models"] > 1 else "another"
-    parts += [f"{more} kept for the next rung ({size(kept['bytes'])})"] if kept["models"] else []
     room = "" if plan["available"] is None else f", {size(plan['available'])} free"
     return f"memory: {plan['mode']} on {plan['device']}, {', '.join(parts)}{room}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from llmevo.llm.transcript import MODES as MODES_FILE
 from llmevo.proposers import Proposer, make
 from llmevo.recipe import Recipes, Reference
 from llmevo.rundir import move_aside
+from llmevo.space import Space
 from llmevo.store import DATABASE, Store
 from llmevo.strength import OneFifth, Strength, TwoLevel
 
@@ -79,6 +81,15 @@ def settled(genome: Genome, store: Store) -> Genome:
         chosen = str(evaluate.dtype(spec, evaluate.device(spec))).removeprefix("torch.")
         store.set_meta("dtype", chosen)
     return genome.model_copy(update={"evaluate": spec.model_copy(update={"dtype": chosen})})
+
+
+def batch(search: SearchSpec, space: Space) -> int:
+    """Trials per `ask`: `search.population`, or CMA-ES's default of 4 + floor(3 ln d) for d genes.
+
+    The default is Hansen's (https://arxiv.org/abs/1604.00772, eq. 48); for the other proposers it is as good
+    as any. It must not depend on the machine or the workers, or a resumed run would ask differently.
+    """
+    return search.population or 4 + math.floor(3 * math.log(len(space)))
 
 
 def references(genome: Genome, recipes: Recipes) -> list[Reference]:
