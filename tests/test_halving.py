@@ -88,6 +88,23 @@ def test_a_batch_sees_more_items_the_better_it_is(text: str, tmp_path: Path) -> 
     assert not any(job.exact for job in jobs if job.split == "search")
 
 
+def test_every_second_rung_begins_with_the_latest(text: str, tmp_path: Path) -> None:
+    jobs: list[Job] = []
+
+    def keep(job: Job) -> Outcome:
+        jobs.append(job)
+        return prefix(job)
+
+    run(text, tmp_path / "run", work=keep, facts=FACTS, workers=1)
+    for batch in range(3):
+        numbers = range(4 + 6 * batch, 10 + 6 * batch)
+        mine = [job for job in jobs if job.split == "search" and job.number in numbers]
+        orders = [[job.number for job in mine if job.rung == rung] for rung in (0, 1, 2, None)]
+        assert [len(order) for order in orders] == [6, 3, 2, 1]
+        for number, order in enumerate(orders):
+            assert order == sorted(order, reverse=number % 2 == 1)
+
+
 def test_every_outcome_is_stored_before_anything_depends_on_it(text: str, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmevo.genome import SearchSpec
 from llmevo.pipeline import Outcome
-from llmevo.runner.rungs import Rungs, cost
+from llmevo.runner.rungs import Rungs, Stage, cost
 from llmevo.trial import Score, standing
 
 SIZES = (4, 8, 16, 20)
@@ -126,6 +126,15 @@ def test_the_order_in_which_outcomes_come_changes_nothing(
 def test_a_trial_alone_answers_everything_at_once() -> None:
     stage = Rungs(SIZES).stage([7], {})
     assert (stage.rung, stage.alive, stage.missing) == (None, (7,), (7,))
+
+
+@given(st.integers(0, LAST), st.lists(st.integers(0, 99), min_size=1, unique=True).map(sorted))
+def test_rungs_run_to_and_fro(rung: int, numbers: list[int]) -> None:
+    """So the last of a rung, whose weights are there, is the first of the next if it goes on."""
+    stage = Stage(None if rung == LAST else rung, tuple(numbers), tuple(numbers))
+    assert list(Rungs(SIZES).order(stage)) == sorted(numbers, reverse=rung % 2 == 1)
+    shares = (0.1, 0.3, 0.6, 1.0)
+    assert list(Rungs(shares, trains=True).order(stage)) == numbers
 
 
 def test_a_batch_in_which_all_fail_is_over() -> None:

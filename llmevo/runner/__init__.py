@@ -296,7 +296,7 @@ class _Sitting:
             rung = last if stage.rung is None else stage.rung
             jobs = [
                 job_of(self.genome, self._pending[number], rung=stage.rung)
-                for number in stage.missing
+                for number in rungs.order(stage)
                 if number in self._pending
             ]
             for number in sorted(stage.out.keys() & self._pending.keys()):

@@ -139,6 +139,15 @@ class Rungs:
             alive = (waiting.pop(),)
             del out[alive[0]]
 
+    def order(self, stage: Stage) -> tuple[int, ...]:
+        """The trials that a stage lacks, in the order in which they are to run.
+
+        On every second rung the latest are first: the last one's merged weights are in the model still, and
+        are not merged again if it goes on. Trainings, of which several may be one job, are always in order.
+        """
+        turned = not self.trains and (len(self.sizes) - 1 if stage.rung is None else stage.rung) % 2
+        return stage.missing[::-1] if turned else stage.missing
+
     def best_first(self, outcomes: Sequence[Outcome]) -> list[int]:
         """Numbers of the trials that did not fail on a rung, best first, the earlier of equals first."""
         merits = {o.number: standing(o.score, self.direction)[1] for o in outcomes if o.score is not None}
