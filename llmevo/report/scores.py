@@ -82,6 +82,9 @@ def _beyond(axes: Any, value: float, row: int) -> None:
         ha="left" if below else "right",
         va="center",
         color=svg.colour("muted"),
+        # It may lie on the line at zero.
+        bbox={"facecolor": svg.colour("paper"), "edgecolor": "none", "pad": 1.0},
+        zorder=4,
     )
 
 
