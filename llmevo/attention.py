@@ -115,10 +115,9 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         NotPackable: The model does not leave its attention to a function.
     """
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    if not all(
-        part._can_set_attn_implementation() for part in model.modules() if isinstance(part, PreTrainedModel)
-    ):
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    configs = {id(part.config): part.config for part in parts}
+    if not all(part._can_set_attn_implementation() for part in parts):
         raise NotPackable("its attention is not pluggable")
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:

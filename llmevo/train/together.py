@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -184,48 +184,46 @@ def _ratios(settings: TrainSettings) -> tuple[float, float]:
 
 
 def one_behind_another(batches: Sequence[Batch]) -> Batch:
-    """One batch of one row of several of one row each; owners count through."""
-    sizes = [batch.tokens.size for batch in batches]
-    counts = [len(batch.lengths) for batch in batches]
-    before = np.cumsum([0, *sizes[:-1]])
-    examples = np.cumsum([0, *counts[:-1]])
+    """One batch of a single row, in which those of several follow each other; owners count through."""
+    before = np.cumsum([0, *(batch.tokens.size for batch in batches[:-1])])
+    examples = np.cumsum([0, *(len(batch.lengths) for batch in batches[:-1])])
 
-    def moved(name: str, by: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.concatenate([getattr(batch, name) + at for batch, at in zip(batches, by, strict=True)])
+    def joined(name: str, by: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+        moves = np.zeros(len(batches), dtype=np.int64) if by is None else by
+        return np.concatenate(
+            [getattr(batch, name).reshape(-1) + move for batch, move in zip(batches, moves, strict=True)]
+        )
 
     return Batch(
-        np.concatenate([batch.tokens for batch in batches], axis=1),
-        np.concatenate([batch.positions for batch in batches], axis=1),
-        moved("sources", before),
-        np.concatenate([batch.labels for batch in batches]),
-        moved("owners", examples),
-        moved("starts", before),
-        np.concatenate([batch.lengths for batch in batches]),
+        joined("tokens")[None],
+        joined("positions")[None],
+        joined("sources", before),
+        joined("labels"),
+        joined("owners", examples),
+        joined("starts", before),
+        joined("lengths"),
     )
 
 
 def side_by_side(batches: Sequence[Batch], width: int) -> Batch:
     """One batch of the rows of several, filled up to `width`; owners count through."""
-    tokens, positions, owners = [], [], []
-    sources: list[npt.NDArray[np.int64]] = []
-    starts: list[npt.NDArray[np.int64]] = []
-    rows = examples = 0
-    for batch in batches:
-        count, own = batch.tokens.shape
-        fill = np.arange(width - own)
-        tokens.append(np.pad(batch.tokens, ((0, 0), (0, width - own))))
-        positions.append(np.concatenate([batch.positions, np.tile(fill, (count, 1))], axis=1))
-        for known, moved in ((batch.sources, sources), (batch.starts, starts)):
-            row, column = np.divmod(known, own)
-            moved.append((rows + row) * width + column)
-        owners.append(examples + batch.owners)
-        rows, examples = rows + count, examples + len(batch.lengths)
-    return Batch(
-        np.concatenate(tokens),
-        np.concatenate(positions),
-        np.concatenate(sources),
-        np.concatenate([batch.labels for batch in batches]),
-        np.concatenate(owners),
-        np.concatenate(starts),
-        np.concatenate([batch.lengths for batch in batches]),
+    row = one_behind_another([_widened(batch, width) for batch in batches])
+    return replace(row, tokens=row.tokens.reshape(-1, width), positions=row.positions.reshape(-1, width))
+
+
+def _widened(batch: Batch, width: int) -> Batch:
+    """A batch whose rows are filled up to `width`."""
+    count, own = batch.tokens.shape
+    fill = np.tile(np.arange(width - own), (count, 1))
+
+    def moved(places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        row, column = np.divmod(places, own)
+        return row * width + column
+
+    return replace(
+        batch,
+        tokens=np.pad(batch.tokens, ((0, 0), (0, width - own))),
+        positions=np.concatenate([batch.positions, fill], axis=1),
+        sources=moved(batch.sources),
+        starts=moved(batch.starts),
     )
