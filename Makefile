@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 SERVERS := .venv-servers
 # So has mergekit-evolve, whose pins exclude ours; only benchmarks/loop.py needs it.
 EVOLVE := .venv-evolve
+# Tests run in this many processes (about 2 GB each), of one thread each.
+PROCESSES ?= 2
+SIDE_BY_SIDE := -n $(PROCESSES) --dist worksteal
 
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
@@ -45,10 +48,10 @@ run: setup
 	$(BIN)/python examples/quickstart.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 quick: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 # One compiler at a time: each takes a gigabyte and a core.
 $(SERVERS)/.installed:

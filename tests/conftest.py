@@ -14,6 +14,8 @@ import pytest
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", LLMEVO_CACHE="off"
 )
+# Leave the cores to others: one thread for torch where pytest-xdist runs tests side by side, otherwise two.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,10 +132,12 @@ def save_tiny_llama(
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    """Leave the cores to others: torch takes two threads where a test imports it."""
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests counted (`record_property("counted", ...)`), whichever process they ran in."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "counted":
+                terminalreporter.write_line(f"{report.nodeid.rsplit('::', 1)[-1]}: {value}")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +32,8 @@ def example(monkeypatch: pytest.MonkeyPatch):
 
 
 def run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
-        cwd=ROOT,
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, cwd=ROOT
     )
 
 
