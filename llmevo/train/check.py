@@ -72,7 +72,7 @@ def prepare(
     methods.check(spec, targets)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     examples = data.load(spec.data, tokenizer, context, seed, kind)
-    _check_batches(spec, len(examples.parts["train"]))
+    _check_batches(spec, len(examples.parts["train"]), tokens)
     shares, undivided = shares_of(spec, halving, examples.parts["train"], seed, tokens)
     _check_metrics(metrics, examples)
     return Prepared(kind, targets, context, examples, shares, undivided)
@@ -84,13 +84,19 @@ def _kind(spec: TrainSpec, model: Any) -> Kind:
     return "seq2seq" if model.config.is_encoder_decoder else "causal"
 
 
-def _check_batches(spec: TrainSpec, count: int) -> None:
+def _check_batches(spec: TrainSpec, count: int, tokens: str) -> None:
     largest = max(values_of(spec.batch_size))
-    if largest > count:
+    if largest <= count:
+        return
+    if tokens != TOKENS:
         raise GenomeError(
-            f"`train.batch_size` must be <= the number of training examples, {count}, but may be "
-            f"{largest}; lower it, or add examples."
+            f"`train.data` must have >= {largest} training examples, a step's, but has {count}; "
+            "add examples, or hold out fewer."
         )
+    raise GenomeError(
+        f"`train.batch_size` must be <= the number of training examples, {count}, but may be "
+        f"{largest}; lower it, or add examples."
+    )
 
 
 def _check_metrics(names: Sequence[str], examples: Examples) -> None:

@@ -20,7 +20,7 @@ from llmevo.train import comparison, memory  # noqa: E402
 @pytest.mark.slow
 @pytest.mark.usefixtures("untouched")
 def test_methods_are_trained_on_the_same_tokens_and_scored_on_the_same_examples(
-    tiny: Any, tokenizer: Any, facts_file: Path
+    tiny: Any, tokenizer: Any, facts_file: Path, tmp_path: Path
 ) -> None:
     lines: list[str] = []
     data, methods = {"train": str(facts_file)}, ("lora", "deltalora", "ia3")
@@ -46,6 +46,10 @@ def test_methods_are_trained_on_the_same_tokens_and_scored_on_the_same_examples(
         comparison.compare(tiny, tokenizer, data, ["ia3"], tokens=100)
     with pytest.raises(GenomeError, match=r"`--tokens` must be enough for 3 steps, .* got 500, which are"):
         comparison.compare(tiny, tokenizer, data, ["ia3"], tokens=500)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(facts_file.read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(GenomeError, match=r"`train.data` must have >= 16 training examples, a step.s, but has"):
+        comparison.compare(tiny, tokenizer, {"train": str(few)}, ["ia3"], tokens=500)
 
 
 def test_the_peak_is_that_of_the_block() -> None:
