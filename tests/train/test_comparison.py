@@ -48,7 +48,7 @@ def test_methods_are_trained_on_the_same_tokens_and_scored_on_the_same_examples(
         comparison.compare(tiny, tokenizer, data, ["ia3"], tokens=500)
     few = tmp_path / "few.jsonl"
     few.write_text("".join(facts_file.read_text().splitlines(keepends=True)[:5]))
-    with pytest.raises(GenomeError, match=r"`train.data` must have >= 16 training examples, a step.s, but has"):
+    with pytest.raises(GenomeError, match=r"`train.data` must have >= 16 training examples, a step.s, but"):
         comparison.compare(tiny, tokenizer, {"train": str(few)}, ["ia3"], tokens=500)
 
 
