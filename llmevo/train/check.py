@@ -81,7 +81,16 @@ def prepare(
 def _kind(spec: TrainSpec, model: Any) -> Kind:
     if spec.head != "lm":
         return spec.head
-    return "seq2seq" if model.config.is_encoder_decoder else "causal"
+    if model.config.is_encoder_decoder:
+        return "seq2seq"
+    seen = {part.is_causal for part in model.modules() if isinstance(getattr(part, "is_causal", None), bool)}
+    if seen == {False}:
+        raise GenomeError(
+            f"`train` needs a model whose tokens see only those before them, but those of "
+            f"{type(model).__name__} see all, so that it would learn to copy; take a model that goes on with "
+            "a text."
+        )
+    return "causal"
 
 
 def _check_batches(spec: TrainSpec, count: int, tokens: str) -> None:

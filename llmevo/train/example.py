@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -55,3 +56,23 @@ class Example:
         if count == len(self.tokens):
             return self
         return replace(self, tokens=self.tokens[:count], targets=self.targets[:count])
+
+
+def learning(tokens: Sequence[int], spans: Sequence[tuple[int, int]], text: Text) -> Example:
+    """A causal model's example of which the tokens from `start` up to `end` of each span are learnt."""
+    targets = np.zeros(len(tokens), dtype=bool)
+    for start, end in spans:
+        targets[start:end] = True
+    targets[:1] = False
+    return Example(ids(tokens), targets, text=text)
+
+
+def ids(tokens: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Token ids as an array, shape (length,)."""
+    return np.array(tokens, dtype=np.int64)
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

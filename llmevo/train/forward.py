@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from llmevo.train.prefix import Prefix
 
+_LARGE = 200.0  # logits at which a cap, of 30 or so, shows
 _PROBE = 24  # tokens of each example that packing is tried on
 # Mean difference in nats. Rounding makes 2e-6, 6e-3 and 3e-2 on a real model, tokens that see each other 0.5.
 _TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 0.03, "torch.bfloat16": 0.1}
@@ -72,7 +73,7 @@ class Forward:
         short = [Example(e.tokens[:_PROBE], np.arange(len(e.tokens[:_PROBE])) > 0) for e in examples[:3]]
         tolerance = _TOLERANCE.get(str(model.dtype), 1e-4)
         plain = self._probe(short)
-        self.partial = _is_linear(self._head) and self._body is not model
+        self.partial = _is_linear(self._head) and self._body is not model and self._only_the_head(short)
         self.partial = self.partial and _close(self._probe(short), plain, tolerance)
         self.packed = len(short) > 1
         self.packed = self.packed and _close(self._probe(short), plain, tolerance)
@@ -132,6 +133,34 @@ class Forward:
                 return self._probe(examples) is not None
         finally:
             self._model.eval()
+
+    def _only_the_head(self, examples: list[Example]) -> bool:
+        """Whether logits are what the head makes, and nothing bends them.
+
+        A cap hardly changes small logits, as those of a model that has learnt little; so it is tried on
+        inputs of the head that make large ones.
+        """
+        import torch
+
+        made: list[torch.Tensor] = []
+
+        def enlarge(head: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            largest = float(head.forward(given[0]).abs().max())
+            return (given[0] * (_LARGE / max(largest, 1e-6)), *given[1:])
+
+        hooks = [
+            self._head.register_forward_pre_hook(enlarge),
+            self._head.register_forward_hook(lambda head, given, output: made.append(output)),
+        ]
+        try:
+            with torch.inference_mode():
+                logits = self._model(**self._inputs(lay_out(examples, False))).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(made) != 1 or made[0].shape != logits.shape:
+            return False
+        return bool((logits - made[0]).abs().max() <= 0.01 * _LARGE)
 
     def _probe(self, examples: list[Example]) -> torch.Tensor | None:
         """Each target's loss in the examples' order; None where the model does not take the input."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -92,7 +93,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         where = f"`train.data`: {path}, line {number}"
         try:
             yield where, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", str(error))
             raise GenomeError(
                 f"{where}: each line must be a JSON object, but this one is not ({reason}): "
@@ -128,6 +129,8 @@ def _data_set(source: str) -> Iterator[tuple[str, Any]]:
             found = datasets.load_from_disk(name)
             if isinstance(found, datasets.DatasetDict):
                 found = found[split]
+            elif split != str(found.split or "train"):
+                raise KeyError(f"it has no splits, so no {split!r}")
         else:
             found = datasets.load_dataset(name, split=split)
     except Exception as error:  # its own kinds, the hub's, pyarrow's, KeyError for a split
@@ -157,8 +160,11 @@ def _named(source: str) -> tuple[str, str]:
     return (name, rest[:-1]) if bracket and rest.endswith("]") else (source, "train")
 
 
-def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if value is not None}
+def _without_nulls(value: Any) -> Any:
+    """A row as it was before a table gave every object of a column the keys of all the others."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _check_row(where: str, content: Any, head: str) -> Row:
@@ -169,8 +175,7 @@ def _check_row(where: str, content: Any, head: str) -> Row:
             f"{_keys(content)}."
         )
     if kind == "messages":
-        _check_messages(where, content["messages"])
-        return Row(where, kind, content)
+        return Row(where, kind, {"messages": _messages(where, content["messages"]), **_tools(where, content)})
     for key in ("prompt", "completion") if kind == "prompt" else ("text",):
         _check_text(where, content, key, may_be_empty=key == "prompt")
     return Row(where, kind, content)
@@ -185,8 +190,7 @@ def _check_labelled(where: str, content: Any, head: str) -> Row:
     if "text_pair" in content:
         _check_text(where, content, "text_pair")
     label = content["label"]
-    number = isinstance(label, (int, float)) and not isinstance(label, bool)
-    if head == "regression" and not (number and math.isfinite(label)):
+    if head == "regression" and not _finite(label):
         raise GenomeError(f"{where}: `label` must be a finite number, but got {label!r}; mend it.")
     whole = isinstance(label, int) and (isinstance(label, bool) or label >= 0)
     if head == "classification" and not (whole or (isinstance(label, str) and label)):
@@ -195,6 +199,13 @@ def _check_labelled(where: str, content: Any, head: str) -> Row:
             "predicted set `train.head: regression`."
         )
     return Row(where, "label", content)
+
+
+def _finite(label: Any) -> bool:
+    try:
+        return isinstance(label, (int, float)) and not isinstance(label, bool) and math.isfinite(label)
+    except OverflowError:  # a whole number beyond a float's
+        return False
 
 
 def _keys(content: Any) -> str:
@@ -215,18 +226,55 @@ def _check_text(where: str, content: dict[str, Any], key: str, may_be_empty: boo
         got = f"got {_short(repr(value))}" if key in content else "the row has none"
         may = "text" if may_be_empty else "text that is not empty"
         raise GenomeError(f"{where}: `{key}` must be a {may}, but {got}; fill it in, or remove the row.")
+    _check_unicode(where, key, value)
 
 
-def _check_messages(where: str, messages: Any) -> None:
+def _messages(where: str, messages: Any) -> list[dict[str, Any]]:
+    """The messages of a chat, checked; those that only call tools have an empty `content`."""
     good = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        isinstance(m, dict)
+        and isinstance(m.get("role"), str)
+        and (isinstance(m.get("content"), str) or (m.get("content") is None and m.get("tool_calls")))
         for m in messages
     )
     if not good:
-        raise GenomeError(f"{where}: `messages` must be a list of `role` and `content`, both texts; mend it.")
+        raise GenomeError(
+            f"{where}: `messages` must be a list of `role` and `content`, both texts (`content` may be "
+            "missing beside `tool_calls`); mend it."
+        )
     roles = [message["role"] for message in messages]
     if "assistant" not in roles[1:] or roles[0] == "assistant":
         raise GenomeError(
             f"{where}: `messages` must hold an assistant's turn after another's, but the roles are {roles}; "
             "add the answer, or remove the row."
         )
+    _check_unicode(where, "messages", json.dumps(messages, ensure_ascii=False, default=str))
+    return [message if message.get("content") else {**message, "content": ""} for message in messages]
+
+
+def _tools(where: str, content: dict[str, Any]) -> dict[str, Any]:
+    """What the chat template is told of tools: the column `tools`, a list of objects or that as JSON."""
+    tools = content.get("tools")
+    if isinstance(tools, str):
+        with suppress(ValueError):  # it stays a text then, and is refused
+            tools = json.loads(tools) if tools.strip() else None
+    if not tools:
+        return {}
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise GenomeError(
+            f"{where}: `tools` must be a list of JSON schemas, or one written as JSON, but got "
+            f"{_short(repr(tools))}; mend it, or rename the column."
+        )
+    _check_unicode(where, "tools", json.dumps(tools, ensure_ascii=False, default=str))
+    return {"tools": tools}
+
+
+def _check_unicode(where: str, key: str, text: str) -> None:
+    """Raise GenomeError for half of a surrogate pair, which JSON can escape and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GenomeError(
+            f"{where}: `{key}` must be Unicode text, but has half of a surrogate pair "
+            f"(\\u{ord(text[error.start]):04x}); mend it, or remove the row."
+        ) from None

@@ -9,7 +9,7 @@ from llmevo.errors import GenomeError
 from llmevo.genome.train import TARGETS, TrainSettings
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-MLP = re.compile(r"mlp|feed_?forward|ffn|experts|moe|dense\w*dense", re.IGNORECASE)
+MLP = re.compile(r"mlp|feed_?forward|ffn|experts|moe|dense\w*dense|\.fc\d$", re.IGNORECASE)  # OPT's fc1, fc2
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -34,6 +34,13 @@ def layer_of(name: str) -> int:
     match = _LAYER.search(name)
     assert match is not None
     return int(match[1])
+
+
+def _is_in(name: str, part: str) -> bool:
+    """Whether a module is in the `attn` or the `mlp` of its layer; in `all-linear` each is."""
+    if part == "attn":
+        return _ATTENTION.search(name.rpartition(".")[0]) is not None
+    return part != "mlp" or MLP.search(name) is not None
 
 
 def _stack_of(name: str) -> str:
@@ -114,8 +121,7 @@ class Targets:
 
     def _of_kind(self, target: str | tuple[str, ...]) -> list[str]:
         if isinstance(target, str):
-            pattern = {"attn": _ATTENTION, "mlp": MLP}.get(target)
-            names = [n for n in self._linear if pattern is None or pattern.search(n.rpartition(".")[0])]
+            names = [name for name in self._linear if _is_in(name, target)]
             missing = [] if names else [target]
         else:
             ends = tuple(f".{end}" for end in target)

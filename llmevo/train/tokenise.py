@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from llmevo.errors import GenomeError
-from llmevo.train.example import Example, Text
+from llmevo.train.chat import chat
+from llmevo.train.example import Example, Text, common, ids, learning
 from llmevo.train.rows import Row
 
 Kind: TypeAlias = Literal["causal", "seq2seq", "classification", "regression"]
@@ -33,7 +34,7 @@ def tokenise(row: Row, tokenizer: Any, kind: Kind, labels: Sequence[str | int]) 
     elif kind != "causal":
         example = _labelled(row, tokenizer, labels)
     elif row.kind == "messages":
-        example = _chat(row, tokenizer)
+        example = chat(row, tokenizer)
     else:
         example = _plain(row, tokenizer)
     if not example.targets.any():
@@ -74,7 +75,7 @@ def _plain(row: Row, tokenizer: Any) -> Example:
     tokens = list(tokenizer(text).input_ids)
     before = list(tokenizer(prompt).input_ids) if asks else []
     # The longest common beginning: a token that spans the border belongs to the completion.
-    known = _common(tokens, before)
+    known = common(tokens, before)
     end = tokenizer.eos_token_id
     if end is not None and tokens[-1:] != [end]:
         tokens.append(end)
@@ -83,38 +84,7 @@ def _plain(row: Row, tokenizer: Any) -> Example:
     size = len((answer or text).encode())
     if known == 0:  # nothing predicts the first token
         size -= len(tokenizer.decode(tokens[:1], skip_special_tokens=True).encode())
-    return _example(tokens, [(known, len(tokens))], Text(_ids(before), answer, max(size, 0)))
-
-
-def _chat(row: Row, tokenizer: Any) -> Example:
-    if not getattr(tokenizer, "chat_template", None):
-        raise GenomeError(
-            f"{row.where}: `messages` need a tokenizer with a chat template, but the model's has none; give "
-            "`prompt` and `completion`."
-        )
-    messages = row.content["messages"]
-
-    def render(count: int, answer: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=answer)
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    tokens = render(len(messages), False)
-    spans, size, before = [], 0, []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(index, True), render(index + 1, False)
-        start, end = _common(tokens, before), _common(tokens, after)
-        # The last token of a turn may merge with what follows, so one may differ; more is another text.
-        if start < len(before) - 1 or end < len(after) - 1 or start >= end:
-            raise GenomeError(
-                f"{row.where}: turn {index} reads otherwise once later turns follow, as the chat template "
-                "rewrites earlier ones; give each answer as `prompt` and `completion`."
-            )
-        spans.append((start, end))
-        size += len(message["content"].encode())
-        answer = message["content"]
-    return _example(tokens, spans, Text(_ids(before), answer, size))
+    return learning(tokens, [(known, len(tokens))], Text(ids(before), answer, max(size, 0)))
 
 
 def _pair(row: Row, tokenizer: Any) -> Example:
@@ -135,8 +105,8 @@ def _pair(row: Row, tokenizer: Any) -> Example:
             f"{row.where}: `prompt` must have at least one token for the encoder, but has none."
         )
     targets = np.arange(len(source) + len(said)) >= len(source)
-    text = Text(_ids(source), answer, len(answer.encode()))
-    return Example(_ids([*source, *said]), targets, len(source), text=text)
+    text = Text(ids(source), answer, len(answer.encode()))
+    return Example(ids([*source, *said]), targets, len(source), text=text)
 
 
 def _labelled(row: Row, tokenizer: Any, labels: Sequence[str | int]) -> Example:
@@ -147,22 +117,4 @@ def _labelled(row: Row, tokenizer: Any, labels: Sequence[str | int]) -> Example:
     label = row.content["label"]
     number = labels.index(label) if labels else 0
     targets = np.arange(len(source) + 1) == len(source)
-    return Example(_ids([*source, number]), targets, len(source), 0.0 if labels else float(label))
-
-
-def _example(tokens: Sequence[int], spans: Sequence[tuple[int, int]], text: Text) -> Example:
-    targets = np.zeros(len(tokens), dtype=bool)
-    for start, end in spans:
-        targets[start:end] = True
-    targets[:1] = False
-    return Example(_ids(tokens), targets, text=text)
-
-
-def _ids(tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.array(tokens, dtype=np.int64)
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    return Example(ids([*source, number]), targets, len(source), 0.0 if labels else float(label))

@@ -200,3 +200,23 @@ def test_class_labels_have_their_names_and_unknown_sets_are_told(tmp_path: Path)
     assert [row.content["label"] for row in found] == ["no", "yes", "no", "yes"]
     with pytest.raises(GenomeError, match=r"`train.data` must name a file, or what `datasets` reads"):
         read("nobody/has-this-set[train]", {}, "lm")
+    assert len(read(f"{tmp_path / 'set'}[train]", {}, "lm")) == 4
+    with pytest.raises(GenomeError, match=r"it has no splits, so no 'validation'"):  # the same rows otherwise
+        read(f"{tmp_path / 'set'}[validation]", {}, "lm")
+
+
+@pytest.mark.parametrize(
+    ("line", "head", "says"),
+    [
+        (
+            r'{"text": "a \ud83d b"}',
+            "lm",
+            r"`text` must be Unicode text, but has half of a surrogate .*\\ud83d",
+        ),
+        ('{"text": "a", "label": 1%s}' % ("0" * 400), "regression", r"`label` must be a finite number"),
+        ('{"text": "a", "more": %s}' % ("[" * 20000), "lm", r"each line must be a JSON object"),
+    ],
+)
+def test_odd_rows_are_told(line: str, head: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(GenomeError, match=says):
+        read(write(tmp_path / "a.jsonl", [line]), {}, head)

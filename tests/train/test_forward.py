@@ -80,6 +80,19 @@ def test_losses_are_those_of_the_plain_model(
         )
 
 
+def test_a_cap_on_logits_is_seen_while_they_are_small() -> None:
+    """A training makes them large, and then the head alone would give other losses."""
+    torch.set_num_threads(1)
+    model, sample = small("Gemma2", final_logit_softcapping=30.0, head_dim=8), examples(9)
+    weight = model.get_output_embeddings().weight
+    weight.data.mul_(0.2)
+    pass_ = Forward(model, sample)
+    weight.data.mul_(40.0)
+    with torch.no_grad():
+        losses, owners = pass_.losses(sample)
+    assert losses[torch.from_numpy(owners == 0)].tolist() == pytest.approx(plain(model, sample[0]), abs=2e-4)
+
+
 def test_the_head_in_chunks_gives_the_same_losses_and_gradients(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
