@@ -137,12 +137,13 @@ def _scales(located: Located) -> dict[str, float] | None:
             wrapped = get_peft_model(model, lora).base_model.model
         except (RuntimeError, ValueError, TypeError, KeyError, ImportError):
             return None  # it will be said when peft is asked to apply it
-    found = {
-        name: float(module.scaling["default"])
-        for name, module in wrapped.named_modules()
-        if type(module) is Linear and type(module.base_layer) is torch.nn.Linear
-    }
-    if found.keys() != {_module(key) for key in _shapes(located)}:
+    found, ranks = {}, {}
+    for name, module in wrapped.named_modules():
+        if type(module) is Linear and type(module.base_layer) is torch.nn.Linear:
+            found[name] = float(module.scaling["default"])
+            ranks[name] = module.r["default"]
+    # Factors of another rank than the file says, which would be scaled wrongly, are for peft to refuse.
+    if ranks != {_module(key): rank for key, rank in _ranks(located).items()}:
         return None
     return {f"{name}.weight": scale for name, scale in found.items()}
 

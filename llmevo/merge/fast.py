@@ -191,8 +191,8 @@ class FastMerge:
         if recipe.get("dtype") not in (None, wanted) or recipe.get("out_dtype") not in (None, wanted):
             return None
         resolved = self._resolver.resolve(recipe)
-        if resolved is None or (method in masks.METHODS and resolved.skeleton.factored):
-            return None  # masks choose elements, and factors have none
+        if resolved is None or (method in masks.METHODS and not masks.takes(resolved)):
+            return None
         return resolved if self._bind(resolved.skeleton).covers else None
 
     def _bind(self, skeleton: Skeleton) -> Bound:

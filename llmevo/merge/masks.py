@@ -30,6 +30,17 @@ METHODS = {
 }
 
 
+def takes(resolved: Resolved) -> bool:
+    """Whether masks are drawn here; mergekit's own arithmetic does what is left.
+
+    Masks choose elements, which adapters' factors have not. A base model alone has no differences, and a
+    negative `epsilon` would keep large ones less often.
+    """
+    epsilon = resolved.values.get("epsilon", np.zeros(1))
+    alone = any(len(target.models) < 2 for target in resolved.skeleton.targets)
+    return not (resolved.skeleton.factored or alone or bool((epsilon < 0).any()))
+
+
 @final
 class Masks:
     """Makes the work of masked merges; what it measures of the models is kept.

@@ -11,7 +11,7 @@ from llmevo.errors import GenomeError
 from llmevo.genome import MergeSpec
 from llmevo.merge import headers
 from llmevo.merge.headers import Tensor
-from llmevo.merge.references import Located, locate
+from llmevo.merge.references import Located, canonical, locate
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _HEAD = "lm_head.weight"
@@ -59,6 +59,7 @@ def check_parents(spec: MergeSpec) -> dict[str, Any]:
         GenomeError: If a parent breaks a rule; it names the parent, the tensor and both shapes.
     """
     parents = [_read(name) for name in models_of(spec)]
+    _check_distinct([parent.located for parent in parents if parent.name in map(canonical, spec.models)])
     first = parents[0]
     for other in parents[1:]:
         _check_alike(first, other)
@@ -74,6 +75,18 @@ def check_parents(spec: MergeSpec) -> dict[str, Any]:
         "models": [p.name for p in parents],
         "notes": notes,
     }
+
+
+def _check_distinct(located: Sequence[Located]) -> None:
+    """Refuse two names of one model (`a` and `a/`), which mergekit refuses in every recipe."""
+    seen: dict[tuple[object, object], str] = {}
+    for where in located:
+        other = seen.setdefault((where.folder, where.adapter), where.name)
+        if other != where.name:
+            raise GenomeError(
+                f"`genome.models` must name each model once, but `{other}` and `{where.name}` are both "
+                f"{where.adapter or where.folder}: remove one"
+            )
 
 
 def _read(name: str) -> _Parent:
@@ -205,6 +218,12 @@ def _check_pair(parent: _Parent, key: str, factors: Mapping[str, Tensor], *, tra
         raise GenomeError(f"`{parent.name}`: the adapter has `{key}` without `{partner}`: train it again")
     up = factors[partner].shape
     target = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
+    if target == _HEAD and parent.tied and target not in parent.tensors:
+        raise GenomeError(
+            f"`{parent.name}`: the adapter changes `{_HEAD}`, which is the embedding matrix in the base "
+            "model (`tie_word_embeddings`) and has no weights of its own: untie and save the base model, or "
+            "take an adapter that leaves the head alone"
+        )
     if target not in parent.tensors:
         raise GenomeError(
             f"`{parent.name}`: the adapter changes `{target}`, which the base model does not have: it was "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ class Resolver:
         """Return what the recipe's tensors are merged with; None for a recipe that is left to the planner.
 
         Args:
-            recipe: A mergekit configuration as plain data, with the genome's model names.
+            recipe: A mergekit configuration as plain data, with the genome's model names. One with numbers
+                that are NaN or infinite is left to the planner: NaN stands for a parameter that is not there.
 
         Raises:
             Exception: Whatever mergekit raises for a structure that it refuses.
@@ -126,6 +128,8 @@ class Resolver:
         floats = {p.name for p in spec.parameters if p.value_type is float}
         try:
             parts = split(recipe, floats)
+            if not all(map(math.isfinite, parts.numbers)):
+                return None
             if parts.key not in self._kept:
                 self._kept[parts.key] = self._compile(recipe, parts, spec)
         except UnknownFormError:

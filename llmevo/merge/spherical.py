@@ -92,7 +92,7 @@ def karcher(resolved: Resolved, dtype: torch.dtype, grams: Grams) -> Weights:
     for step in range(int(limits.max())):
         active &= step < limits
         moved, size = _towards(mean, cosines, share, valid, tol)
-        active &= size >= tol
+        active &= (size >= tol) & (size > 0)  # a tolerance of 0 never ends it otherwise
         if not active.any():
             break
         mean = np.where(active, moved, mean)
@@ -129,7 +129,7 @@ def _towards(
     dots = np.clip(np.einsum("tij,tj->ti", cosines, mean), -1, 1)
     theta = np.arccos(dots)
     with np.errstate(all="ignore"):
-        pull = np.where(valid & (theta >= tol), share * theta / np.sin(theta), 0.0)
+        pull = np.where(valid & (theta >= tol) & (theta > 0), share * theta / np.sin(theta), 0.0)
         tangent = pull - mean * (pull * dots).sum(axis=1, keepdims=True)
         size = _lengths(tangent, cosines)
         moved = np.cos(size) * mean + np.sin(size) * tangent / size

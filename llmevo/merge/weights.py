@@ -150,9 +150,11 @@ def loaders(table: Mapping[Any, Weights | Whole]) -> Iterator[None]:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Keep a warning from the user that is meant for peft: 0.21 reads what transformers 5.23 deprecates."""
+    """Keep warnings from the user: one is meant for peft (0.21 reads what transformers 5.23 deprecates)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        # It is said as an error; peft then changes the configuration.
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied", UserWarning)
         yield
 
 
@@ -180,12 +182,16 @@ def _adapted(located: Located) -> Iterator[tuple[str, torch.Tensor]]:
         )
         try:
             peft = PeftModel.from_pretrained(base, str(located.adapter), is_trainable=False)
-            merged = peft.merge_and_unload().state_dict()
+            tied = bool(base.config.tie_word_embeddings)
+            whole = peft.merge_and_unload()
+            merged = whole.state_dict()
         except (RuntimeError, ValueError, TypeError, KeyError, ImportError) as error:
             raise GenomeError(
                 f"`{located.name}`: peft cannot apply the adapter ({str(error).splitlines()[0]}): "
                 "check that it was trained on this base model and with an installed version of peft"
             ) from error
+    if tied:
+        _check_tied(whole, located.name)
     for key in headers.tensors(located.folder, "model", located.name):
         if key not in merged:
             raise GenomeError(
@@ -194,6 +200,20 @@ def _adapted(located: Located) -> Iterator[tuple[str, torch.Tensor]]:
                 "adapter cannot be applied in memory: merge it with peft, save it, and name the saved folder"
             )
         yield key, merged[key].detach()
+
+
+def _check_tied(model: Any, name: str) -> None:
+    """Refuse tied embeddings with an adapter that saved one of them: both would be evaluated as one."""
+    import torch
+
+    ends = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer]
+    if len(ends) == 2 and not torch.equal(*ends):
+        raise GenomeError(
+            f"`{name}`: the base model's head is its embedding matrix (`tie_word_embeddings`), but the "
+            "adapter has saved one of the two by itself (`modules_to_save`), so that they are two matrices: "
+            "merge it with peft, save it and the other models with `tie_word_embeddings` false, and name the "
+            "saved folders"
+        )
 
 
 def check_finite(tensor: torch.Tensor, key: str, name: str) -> None:

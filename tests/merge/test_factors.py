@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmevo.errors import GenomeError
 from llmevo.genome import MergeSpec, MergeStageSpec
 from llmevo.merge import Merger
 
 torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from llmevo.merge import adapters  # noqa: E402
 from llmevo.merge.layout import Arena  # noqa: E402
@@ -207,3 +210,26 @@ def test_engines_agree_on_products(rows, columns, form, ranks, shifts, seed) -> 
         assert engine(arena).run([Product(own, terms, columns)]) == []
         near = (2**-8 if dtype == torch.bfloat16 else 2**-20) * size
         assert bool(((arena.buffers[slots[0].buffer].double() - exact).abs() <= near).all())
+
+
+def test_factors_of_another_rank_than_their_configuration_says(tiny_llamas, make_lora, tmp_path) -> None:
+    """peft refuses them; as factors they would be scaled by the wrong rank."""
+    adapter = make_lora(tmp_path / "other", tiny_llamas.base, seed=5)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"r": 16}))
+    with pytest.raises(GenomeError, match="peft cannot apply the adapter"):
+        Merger(MergeSpec(models=[f"{tiny_llamas.base}+{adapter}"], merge_method="linear"))
+
+
+@pytest.mark.filterwarnings("ignore:(Model has `tie_word|Setting `save_embedding_layers`):UserWarning")
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_an_adapter_that_unties_the_embeddings_is_refused(tiny_llamas, make_lora, tmp_path, module) -> None:
+    """The resident model has one matrix for both, and mergekit would write two."""
+    base = tiny_llamas.base
+    adapter = make_lora(tmp_path / "saved", base, seed=5, target_modules=["q_proj"], modules_to_save=[module])
+    stored = adapter / "adapter_model.safetensors"
+    tensors = load_file(stored)
+    saved = next(key for key in tensors if key.endswith(f"{module}.weight"))
+    save_file(tensors | {saved: tensors[saved] + 0.25}, stored, metadata={"format": "pt"})
+    with pytest.raises(GenomeError, match=r"saved one of the two by itself \(`modules_to_save`\)"):
+        Merger(MergeSpec(models=[f"{base}+{adapter}"], merge_method="linear"))

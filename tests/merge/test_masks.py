@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -379,3 +380,34 @@ def test_no_probability_is_a_failed_trial(spec, merger, method, parameters, mess
     with pytest.raises(StageError, match=message):
         merger.merge(_recipe(spec, method, **parameters), seed=0)
     merger.merge(_recipe(spec, "ties"), seed=0)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties", "della", "breadcrumbs_ties"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_weight_that_is_no_number_fails_as_in_mergekit(spec, merger, method: str, number: float) -> None:
+    """In every mode, and not as a weight of 0."""
+    recipe = _recipe(spec, method)
+    recipe["models"][0]["parameters"]["weight"] = number
+    for exact in (True, False):
+        with pytest.raises(StageError, match="NaN or infinite after merging"):
+            merger.merge(recipe, seed=0, exact=exact)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("ties", None),
+        ("dare_linear", None),
+        ("breadcrumbs", None),
+        ("della", {"density": 0.5, "epsilon": -0.1}),
+    ],
+)
+def test_what_has_no_fast_form_is_mergekit_s(spec, merger, method: str, parameters: Any) -> None:
+    """A base without other models (`parameters` is None), and an `epsilon` that is negative."""
+    recipe = _recipe(spec, method, **(parameters or {}))
+    if parameters is None:
+        recipe["models"] = [{"model": spec.base_model}]
+    merger.merge(recipe, seed=3, exact=True)
+    exact = _state(merger)
+    merger.merge(recipe, seed=3)
+    assert torch.equal(exact, _state(merger))

@@ -246,3 +246,18 @@ def test_adapters_that_are_no_lora(tiny_llamas, loras, tmp_path: Path) -> None:
     for number, (message, spoil) in enumerate(cases.items()):
         with pytest.raises(GenomeError, match=message):
             check_parents(_spec(spoilt(str(number), spoil)))
+
+
+@pytest.mark.filterwarnings("ignore:(Model has `tie_word|Setting `save_embedding_layers`):UserWarning")
+def test_an_adapter_for_a_tied_head_is_named_as_that(tiny_llamas, make_lora, tmp_path: Path) -> None:
+    adapter = make_lora(tmp_path / "head", tiny_llamas.base, seed=5, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(GenomeError, match=r"`lm_head\.weight`, which is the embedding matrix"):
+        check_parents(MergeSpec(models=[f"{tiny_llamas.base}+{adapter}"]))
+
+
+def test_two_names_of_one_parent_are_refused(tiny_llamas, loras) -> None:
+    first, base = tiny_llamas.parents[0], tiny_llamas.base
+    for names in ([f"{first}/", str(first)], [f"{base}+{loras[0]}", f"{base}/+{loras[0]}"]):
+        with pytest.raises(GenomeError, match=r"`genome\.models` must name each model once"):
+            check_parents(MergeSpec(models=names, base_model=str(base)))
+    check_parents(MergeSpec(models=[f"{base}/", str(first)], base_model=str(base)))
