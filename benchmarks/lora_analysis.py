@@ -140,7 +140,7 @@ def draw(records: Mapping[str, Record], folder: Path) -> Path:
 
     runs = runs_of(records)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2))
-    colors = {arm: colormaps["tab10"](place) for place, arm in enumerate(ARMS)}
+    colors = {arm: colormaps["tab20"]((2 * place) % 20 + place // 10) for place, arm in enumerate(ARMS)}
     for arm, by_seed in runs.items():
         curves = [[mean(r["test"]) for r in incumbents(records, run)] for run in by_seed.values()]
         style: dict[str, Any] = {"color": colors[arm], "linestyle": "--" if arm in ALONE else "-"}
@@ -157,7 +157,8 @@ def draw(records: Mapping[str, Record], folder: Path) -> Path:
     left.set_xlabel("trainings of 4000 tokens")
     left.set_ylabel("held-out loss of the chosen one, nats per token")
     right.set_xlabel("held-out loss at the end, a dot a seed; line: mean")
-    left.legend(fontsize=8, frameon=False, ncols=2)
+    left.set_ylim(top=2.45)  # room for the legend
+    left.legend(fontsize=8, frameon=False, ncols=3, loc="upper center")
     for panel in (left, right):
         panel.grid(alpha=0.25)
     figure.tight_layout()

@@ -16,6 +16,7 @@ random         the default and eight drawn points
 random long    what random chose, trained with the tokens of all nine: do short trainings tell of long ones?
 optuna-tpe     optuna's TPE, one at a time and random for the first four: in its favour
 cma, ga        llmevo's, in two batches of four
+cma wide       cma whose first step is 0.3 of each range instead of a sixth
 hybrid+placebo cma, and a guest for a half of the last batch: random steps from the best, no model
 hybrid+smollm2 the same with SmolLM2-135M-Instruct as the guest
 """
@@ -72,13 +73,14 @@ def _smollm2(space: Space) -> Any:
 
 OURS: dict[str, Make] = {
     "random": lambda space: make("random", space, "maximize"),
-    "cma": _proposer("cma"),
+    "cma": _proposer("cma", sigma0=1 / 6),
+    "cma wide": _proposer("cma", sigma0=0.3),
     "ga": _proposer("ga"),
     "hybrid+placebo": _hybrid(guest="placebo"),
     "hybrid+smollm2": _smollm2,
 }
 ALONE = ("default", "default again", "default long", "random long")
-SEARCHES = ("random", "optuna-tpe", "cma", "ga", "hybrid+placebo", "hybrid+smollm2")
+SEARCHES = ("random", "optuna-tpe", "cma", "cma wide", "ga", "hybrid+placebo", "hybrid+smollm2")
 ARMS = (*ALONE[:-1], *SEARCHES, ALONE[-1])
 
 
