@@ -5,6 +5,7 @@ Imported only where torch and lm-eval are in use already.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,7 @@ _Answers = TypeVar("_Answers")
 # How far packed and plain log-probabilities of one token may be apart; lm-eval takes the log-softmax of a
 # half-precision model in half precision, which alone moves them by a few hundredths.
 _ALLOWED, _ALLOWED_HALF = 1e-3, 0.1
+_ABOUT = ("transformers_version", "dtype", "architectures")  # entries of a configuration that compute nothing
 _LOOK_BACK = 2  # tokens beyond a stop's own that may hold it in another tokenisation; as lm-eval looks
 
 
@@ -152,6 +154,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             "batch_size": self.batch_size,
             "max_length": self.max_length,
             "attention": config._attn_implementation,
+            # The same weights answer otherwise with other positions or norms, or other rules of generation.
+            "configuration": _digest(config.to_dict(), self.model.generation_config.to_dict()),
             "tokens": [self.tokenizer.pad_token_id, self.eot_token_id, self.prefix_token_id],
             "vocabulary": len(self.tokenizer),
             "versions": [torch.__version__, transformers.__version__, lm_eval.__version__],
@@ -246,6 +250,12 @@ class _Order(CacheHook):  # type: ignore[misc]
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
         self.requests.append(_name(req))
+
+
+def _digest(*configurations: dict[str, Any]) -> str:
+    """A hash of what configurations say about computing, not of where and with what they were written."""
+    said = [{k: v for k, v in c.items() if not k.startswith("_") and k not in _ABOUT} for c in configurations]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _name(request: Iterable[Any]) -> str:

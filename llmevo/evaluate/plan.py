@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SPLITS: tuple[Split, Split] = ("search", "holdout")
 
 _FEWSHOT_SEED = 1234  # lm-eval's own default, so that the prompts are those of `lm_eval`
+_SHOWN = 40  # characters of a prompt or an answer in an error
 
 
 @final
@@ -216,10 +217,14 @@ def _segments(lm: Any, documents: dict[str, list[list[Any]]], rungs: list[dict[s
 
 
 def _render(genome: Genome, lm: Any, task: Any, items: list[int], templated: bool) -> dict[int, list[Any]]:
-    """Instances of each item, sorted by lm-eval's `idx`."""
+    """Instances of each item, sorted by lm-eval's `idx`.
+
+    Raises:
+        GenomeError: The task fails on an item, or asks nothing for one.
+    """
     multiturn = genome.fewshot_as_multiturn
     chosen = sorted(items)
-    with quiet(), compiled_once():
+    with quiet(), compiled_once(), _unrendered(task):
         # lm-eval visits the data set in its own order and numbers what it keeps 0, 1, ...; a set makes its
         # membership test cheap.
         task.build_all_requests(
@@ -234,13 +239,37 @@ def _render(genome: Genome, lm: Any, task: Any, items: list[int], templated: boo
     rendered: dict[int, list[Any]] = {item: [] for item in chosen}
     for instance in task.instances:
         rendered[chosen[instance.doc_id]].append(instance)
-    for instances in rendered.values():
+    for item, instances in rendered.items():
+        if not instances:
+            raise GenomeError(
+                f"`tasks` names {task.config.task!r}, which asks nothing about its item {item} (counted from "
+                "0); give that item choices, or remove it."
+            )
         instances.sort(key=lambda instance: instance.idx)
     return rendered
 
 
+@contextlib.contextmanager
+def _unrendered(task: Any) -> Iterator[None]:
+    """Whatever a task's templates and functions raise for an item, as an error of the genome."""
+    try:
+        yield
+    except Exception as error:  # the task's own code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        shots = task.get_config("num_fewshot")
+        few = f" with {shots} few-shot examples" if shots else ""
+        raise GenomeError(
+            f"`tasks` names {task.config.task!r}, whose prompts cannot be made{few} ({reason}); mend the task"
+            + (", or lower `num_fewshot`: it may have fewer of them." if shots else ".")
+        ) from error
+
+
 def _requests(lm: Any, documents: dict[str, list[list[Any]]]) -> list[Requests]:
-    """The items' requests by type, tokenised."""
+    """The items' requests by type, tokenised.
+
+    Raises:
+        GenomeError: An answer has no tokens, or more than the model takes, which lm-eval cannot score.
+    """
     by_kind: dict[str, Requests] = {}
     for rows in documents.values():
         # lm-eval's own order within a task, so that batches are composed as lm-eval composes them.
@@ -267,8 +296,9 @@ def _tokens(lm: Any, instance: Any) -> list[tuple[Any, list[int], list[int]]]:
             pair = lm._encode_pair(context, continuation)
         else:
             encoded = lm.tok_encode(continuation, add_special_tokens=False)
-            starts = encoded[0] == lm.prefix_token_id
+            starts = encoded[:1] == [lm.prefix_token_id]
             pair = (encoded[:1], encoded[1:]) if starts else ([lm.prefix_token_id], encoded)
+        _check_answer(instance, len(pair[1]), lm.max_length)
         return [((context, continuation), *pair)]
     if instance.request_type == "loglikelihood_rolling":
         windows = get_rolling_token_windows(
@@ -278,7 +308,45 @@ def _tokens(lm: Any, instance: Any) -> list[tuple[Any, list[int], list[int]]]:
             context_len=1,
         )
         return [(None, *make_disjoint_window(window)) for window in windows]
+    if instance.request_type == "generate_until" and lm.backend == "causal":
+        _check_generation(instance, lm)
     return []
+
+
+def _check_answer(instance: Any, length: int, longest: int) -> None:
+    """Refuse an answer for which lm-eval has no log-likelihood."""
+    prompt, answer = instance.args
+    shown = answer if len(answer) <= _SHOWN else f"{answer[:_SHOWN]}..."
+    where = f"`tasks` names {instance.task_name!r}, where the answer {shown!r} to {prompt[-_SHOWN:]!r}"
+    if not length:
+        raise GenomeError(
+            f"{where} has no token of its own: it is empty, or its letters are in the prompt's last token; "
+            "change the item, or the task's `target_delimiter`."
+        )
+    if length > longest:
+        raise GenomeError(
+            f"{where} has {length} tokens, and the model takes {longest}; shorten it, or raise "
+            "`evaluate.max_length`, if it is lower than what the model takes."
+        )
+
+
+def _check_generation(instance: Any, lm: Any) -> None:
+    """Refuse a prompt to which lm-eval cannot generate an answer."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    prompt, options = instance.args
+    if not prompt and not lm.tok_encode(prompt):
+        raise GenomeError(
+            f"`tasks` names {instance.task_name!r}, which has a prompt without any token, from which no "
+            "model generates; change `doc_to_text`."
+        )
+    longest = normalize_gen_kwargs(dict(options), lm.max_gen_toks)["max_gen_toks"]
+    if longest >= lm.max_length:
+        raise GenomeError(
+            f"`tasks` names {instance.task_name!r}, which generates up to {longest} tokens, and the model "
+            f"takes {lm.max_length} together with the prompt; lower `max_gen_toks` in its "
+            "`generation_kwargs`, or raise `evaluate.max_length`, if it is lower than what the model takes."
+        )
 
 
 def _fingerprint(requests: list[Requests]) -> str:

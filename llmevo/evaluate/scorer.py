@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from llmevo.errors import StageError
@@ -130,10 +130,11 @@ class Evaluator:
                 self.last["scored" if asked else "cached"] += segment.items
             if self._lm.halved > halved:
                 self.last["halved"] = self._lm.halved - halved
-            raw = {
-                name: self._raw(name, [row for segment in segments for row in segment.documents[name]])
-                for name in self._plan.tasks
-            }
+            raw = {}
+            for name in self._plan.tasks:
+                with _own_code(name):
+                    rows = [row for segment in segments for row in segment.documents[name]]
+                    raw[name] = self._raw(name, rows)
             metrics = {name: _aggregate(self._plan.tasks[name], values) for name, values in raw.items()}
             return self._score(raw, metrics), metrics
 
@@ -234,6 +235,18 @@ class Evaluator:
                 for metric, value in gold(likelihoods, golds[0]).items():
                     raw.setdefault((metric, "none"), []).append(value)
         return raw
+
+
+@contextlib.contextmanager
+def _own_code(name: str) -> Iterator[None]:
+    """Name the task whose filters or `process_results` fail."""
+    try:
+        yield
+    except Exception as error:  # a task's functions may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StageError(
+            "evaluate", f"the filters or `process_results` of {name} failed ({reason}); mend the task."
+        ) from error
 
 
 def _sample(plan: Plan) -> list[Any]:

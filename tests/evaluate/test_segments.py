@@ -160,6 +160,14 @@ def test_what_the_answers_depend_on_is_in_the_key(
     assert make(llama, task_folder, cache).known("search", None, "w")
     half = (copy.deepcopy(llama[0]).to(torch.bfloat16), llama[1])
     assert not make(half, task_folder, cache).known("search", 0, "w")
+    turned, repeating = (copy.deepcopy(llama[0]) for _ in range(2))
+    turned.config.rope_parameters = {**turned.config.rope_parameters, "rope_theta": 500.0}
+    repeating.generation_config.repetition_penalty = 1.5
+    for model in (turned, repeating):  # the same weights, read from a folder whose configuration was edited
+        assert not make((model, llama[1]), task_folder, cache).known("search", 0, "w")
+    elsewhere = copy.deepcopy(llama[0])
+    elsewhere.config._name_or_path = "elsewhere"
+    assert make((elsewhere, llama[1]), task_folder, cache).known("search", None, "w")
 
 
 @pytest.mark.parametrize("reference", [False, True])
