@@ -49,7 +49,8 @@ def snippets_of(findings: Findings, trial: Trial) -> dict[str, str] | None:
     if settings is None or spec is None or folder is None:
         return None
     adapter: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    steps = int(json.loads((folder / RECORD).read_text(encoding="utf-8"))["metrics"]["steps"])
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    steps, chat = int(record["metrics"]["steps"]), record.get("chat", False)
     base = findings.genome.alone or f"the merge of {findings.summary.run_dir / 'best' / 'recipe.yaml'}"
     head = (
         f"# Trial {trial.number} by {trial.origin}: {scored(findings, trial)}\n"
@@ -57,6 +58,6 @@ def snippets_of(findings: Findings, trial: Trial) -> dict[str, str] | None:
     )
     longest = spec.data.max_length
     return {
-        "python": f"{head}\n{snippet(settings, adapter, steps, longest)}",
+        "python": f"{head}\n{snippet(settings, adapter, steps, longest, chat=chat)}",
         "axolotl": head + axolotl(settings, adapter, steps, longest),
     }

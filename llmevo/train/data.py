@@ -33,6 +33,7 @@ class Examples:
         cut: Rows that were cut off there, by part.
         repeated: How many rows of the validation and test part are rows of the training part, too.
         labels: The classes, by number; empty where nothing is classified.
+        chat: Whether the training rows are `messages`.
     """
 
     parts: dict[Part, list[Example]]
@@ -40,6 +41,7 @@ class Examples:
     cut: dict[Part, int]
     repeated: dict[Part, int]
     labels: list[str | int]
+    chat: bool
 
     def describe(self) -> dict[str, Any]:
         """Facts for the run's record, as JSON; `fingerprint` changes with any token."""
@@ -115,7 +117,7 @@ def load(spec: DataSpec, tokenizer: Any, context: int, seed: int, kind: Kind = "
     repeated: dict[Part, int] = {
         part: sum(_identity(e) in known for e in found) for part, found in parts.items() if part != "train"
     }
-    return Examples(parts, dropped, cut, repeated, labels)
+    return Examples(parts, dropped, cut, repeated, labels, rows["train"][0].kind == "messages")
 
 
 def _identity(example: Example) -> bytes:

@@ -39,6 +39,10 @@ _MODELS = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
 }
+_CHAT = """\
+# TRL takes the answers of a chat from a template with `{% generation %}` marks; without them here, each of
+# the assistant's turns was learnt to its end."""
+_WARM = "# Trainer's warm-up begins at 0. Here the first step had a share of the learning rate already."
 _PAGED = "paged_adamw_8bit"
 _ARGUMENTS = {
     "CAUSAL_LM": ("trl", "SFTConfig"),
@@ -57,7 +61,14 @@ _PLAIN = {  # the configuration's name in peft, and the fields that we set
 }
 
 
-def snippet(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, longest: int | None) -> str:
+def snippet(
+    settings: TrainSettings,
+    adapter: Mapping[str, Any],
+    steps: int,
+    longest: int | None,
+    *,
+    chat: bool = False,
+) -> str:
     """Python that makes `peft_config` and `args`: TRL's, or transformers' for what is no causal model.
 
     Args:
@@ -65,8 +76,14 @@ def snippet(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
         adapter: The content of the trained adapter's adapter_config.json; says the modules.
         steps: Optimizer steps of the training, of which the warm-up is a share.
         longest: Longest example in tokens; None for the model's context.
+        chat: Whether the examples are `messages`.
     """
-    parts = [_peft(settings, adapter, steps), _arguments(settings, adapter["task_type"], steps, longest)]
+    task = adapter["task_type"]
+    parts = [_peft(settings, adapter, steps), _arguments(settings, task, steps, longest, chat)]
+    notes = [_CHAT] if chat else []
+    if _warm(settings, steps):
+        notes.append(_WARM)
+    parts += ["\n".join(notes)] if notes else []
     if settings.adapter == "loraplus":
         parts.append(
             "# LoRA+: pass `optimizers=(optimizer, None)` to the trainer, with\n"
@@ -77,7 +94,6 @@ def snippet(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
             f"loraplus_lr_ratio={settings.loraplus_ratio!r}, "
             f"loraplus_weight_decay={settings.weight_decay!r}\n)"
         )
-    task = adapter["task_type"]
     if task == "SEQ_CLS":
         parts.append(_HEAD)
     if settings.adapter == "qlora":
@@ -128,8 +144,8 @@ def axolotl(settings: TrainSettings, adapter: Mapping[str, Any], steps: int, lon
         "warmup_steps": _warm(settings, steps),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.clip,
-        "micro_batch_size": _batch(settings),
-        "gradient_accumulation_steps": settings.accumulation,
+        "micro_batch_size": settings.batch_size // _parts(settings),
+        "gradient_accumulation_steps": _parts(settings),
         "gradient_checkpointing": settings.checkpointing,
         **_length(settings, steps, "num_epochs"),
         "sample_packing": False,
@@ -153,12 +169,14 @@ def _schedule(settings: TrainSettings, steps: int) -> dict[str, Any]:
 
 
 def _warm(settings: TrainSettings, steps: int) -> int:
-    return math.ceil(settings.warmup * steps)
+    """Steps before the full learning rate: ours has its first share in step 0, transformers' is 0 there."""
+    return max(math.ceil(settings.warmup * steps) - 1, 0)
 
 
-def _batch(settings: TrainSettings) -> int:
-    """Examples that go through the model together."""
-    return math.ceil(settings.batch_size / settings.accumulation)
+def _parts(settings: TrainSettings) -> int:
+    """In how many equal parts a batch goes through the model; here they may be unequal, and so fewer."""
+    size = settings.batch_size
+    return next(count for count in range(settings.accumulation, size + 1) if size % count == 0)
 
 
 def _length(settings: TrainSettings, steps: int, epochs: str) -> dict[str, Any]:
@@ -190,7 +208,7 @@ def _peft(settings: TrainSettings, adapter: Mapping[str, Any], steps: int) -> st
     return f"from peft import {name}\n\npeft_config = {_call(name, given)}"
 
 
-def _arguments(settings: TrainSettings, task: str, steps: int, longest: int | None) -> str:
+def _arguments(settings: TrainSettings, task: str, steps: int, longest: int | None, chat: bool) -> str:
     course = _schedule(settings, steps)
     given: dict[str, Any] = {
         "output_dir": "trained",
@@ -200,14 +218,15 @@ def _arguments(settings: TrainSettings, task: str, steps: int, longest: int | No
         "warmup_steps": _warm(settings, steps),
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.clip,
-        "per_device_train_batch_size": _batch(settings),
-        "gradient_accumulation_steps": settings.accumulation,
+        "per_device_train_batch_size": settings.batch_size // _parts(settings),
+        "gradient_accumulation_steps": _parts(settings),
         "gradient_checkpointing": settings.checkpointing,
         **_length(settings, steps, "num_train_epochs"),
     }
     library, kind = _ARGUMENTS[task]
     if library == "trl":
         given |= {"max_length": longest, "packing": False}
+        given |= {"assistant_only_loss": True} if chat else {}
     if settings.adapter == "qlora":
         given["optim"] = _PAGED
     return f"from {library} import {kind}\n\nargs = {_call(kind, given)}"

@@ -200,8 +200,9 @@ class Trainer:
                 self.reached = tokens_of(steps[: len(training.losses)])
             trained = self._trained(adapter, training, steps, end, start, over=rung is None)
             if folder is not None and rung is None:
-                record = {"key": key, "settings": asdict(settings), "labels": self._data.labels}
-                _keep(adapter, folder, {**record, **asdict(trained)})
+                facts = {"labels": self._data.labels, "chat": self._data.chat}
+                record = {"key": key, "settings": asdict(settings), **facts, **asdict(trained)}
+                _keep(adapter, folder, record)
             yield trained
 
     def _trained(

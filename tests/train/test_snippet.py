@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import pytest
 import yaml
 
 from llmevo.genome.train import ADAPTERS, TrainSettings
+from llmevo.train.loop import learning_rate
 from llmevo.train.snippet import axolotl, snippet
 
 MODULES = {"target_modules": ["v_proj", "q_proj"], "task_type": "CAUSAL_LM"}
@@ -61,9 +63,62 @@ def test_the_same_batch_length_and_course() -> None:
     found, _ = written(batch_size=12, accumulation=3, epochs=2.5, schedule="wsd", warmup=0.1, decay=0.2)
     assert found is not None
     assert (found["micro_batch_size"], found["gradient_accumulation_steps"]) == (4, 3)
-    assert (found["num_epochs"], found["warmup_steps"]) == (2.5, 4)
+    assert (found["num_epochs"], found["warmup_steps"]) == (2.5, 3)
     assert found["lr_scheduler_kwargs"]["num_decay_steps"] == 8
     assert "max_steps" not in found
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "whole"), [(10, 4, 5), (16, 3, 4), (7, 2, 7), (8, 8, 8), (6, 1, 1)]
+)
+def test_a_step_has_as_many_examples_as_here(size: int, parts: int, whole: int) -> None:
+    """Trainer's parts are equal; those of a batch here need not be."""
+    settings = TrainSettings(batch_size=size, accumulation=parts)
+    python = snippet(settings, MODULES, 40, None)
+    assert f"gradient_accumulation_steps={whole}," in python
+    assert f"per_device_train_batch_size={size // whole}," in python
+    found, _ = written(batch_size=size, accumulation=parts)
+    assert found is not None
+    assert found["micro_batch_size"] * found["gradient_accumulation_steps"] == size
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+@pytest.mark.parametrize(("warmup", "same"), [(0.0, True), (0.02, True), (0.1, False)])
+def test_transformers_schedule_is_ours_but_for_the_warm_up(schedule: str, warmup: float, same: bool) -> None:
+    """One step of warm-up is none in transformers, whose first would have no learning rate at all."""
+    torch = pytest.importorskip("torch")
+    from transformers.optimization import get_scheduler
+
+    settings = TrainSettings(schedule=schedule, warmup=warmup, learning_rate=1e-3)
+    python = snippet(settings, MODULES, 40, None)
+    given = {
+        line.split("=")[0].strip(): line.split("=", 1)[1].rstrip(",")
+        for line in python.splitlines()
+        if "=" in line
+    }
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    course = get_scheduler(
+        ast.literal_eval(given["lr_scheduler_type"]),
+        optimizer,
+        num_warmup_steps=int(given["warmup_steps"]),
+        num_training_steps=40,
+        scheduler_specific_kwargs=ast.literal_eval(given.get("lr_scheduler_kwargs", "None")),
+    )
+    rates = []
+    for _ in range(40):
+        rates.append(course.get_last_lr()[0])
+        optimizer.step()
+        course.step()
+    ours = [learning_rate(settings, step, 40) for step in range(40)]
+    first = 0 if same else 3
+    assert rates[first:] == pytest.approx(ours[first:])
+    assert (rates == pytest.approx(ours)) == same
+    assert ("begins at 0" in python) != same
+
+
+def test_of_a_chat_the_answers_are_learnt() -> None:
+    assert "assistant_only_loss=True," in snippet(TrainSettings(), MODULES, 40, None, chat=True)
+    assert "assistant_only_loss" not in snippet(TrainSettings(), MODULES, 40, None)
 
 
 def test_what_axolotl_rounds_or_cuts_is_said() -> None:
