@@ -398,3 +398,12 @@ def test_the_number_of_layers_is_the_files_or_the_first_models(config_folder: Pa
     (config_folder.parent / "empty").mkdir(exist_ok=True)
     with pytest.raises(GenomeError, match="must be a JSON file"):
         layers(models=[str(config_folder.parent / "empty")])
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Bloom", "T5", "Bart", "OPT", "GPTNeoX"])
+def test_each_kind_of_model_says_its_layers_in_a_word_of_its_own(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")()
+    config.save_pretrained(tmp_path)
+    spec = {"genome": {"models": [str(tmp_path)]}, "tasks": ["one"]}
+    assert recipe.num_layers(genome.Genome.model_validate(spec)) == config.num_hidden_layers

@@ -12,6 +12,9 @@ from llmevo import hub
 from llmevo.errors import GenomeError
 from llmevo.genome import Genome
 
+# What config.json calls the number of layers: most models; GPT-2, BLOOM; MPT; T5; BART.
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+
 
 def labels(models: Sequence[str]) -> dict[str, str]:
     """A short unique name for each model: the end of its path, or of its adapter's path.
@@ -99,9 +102,10 @@ def _config(reference: str, offline: bool) -> Any:
 
 def _layers(config: Any, model: str) -> int:
     for part in (config, config.get("text_config") if isinstance(config, dict) else None):
-        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
-        if isinstance(layers, int) and layers > 0:
-            return layers
+        for key in _LAYERS:
+            layers = part.get(key) if isinstance(part, dict) else None
+            if isinstance(layers, int) and layers > 0:
+                return layers
     raise GenomeError(
-        f"config.json of {model!r} must say `num_hidden_layers`, but does not; give `genome.num_layers`."
+        f"config.json of {model!r} must say `{_LAYERS[0]}`, but does not; give `genome.num_layers`."
     )

@@ -194,10 +194,12 @@ def _sum(
 def quiet_peft() -> Iterator[None]:
     """Keep warnings from the user that are of no use to him.
 
-    peft 0.21 reads what transformers 5.23 deprecates, and RandLoRA's projections follow from their seed.
+    peft 0.21 reads what transformers 5.23 deprecates, and RandLoRA's projections follow from their seed. QLoRA's
+    adapter, trained on 4-bit modules, is as right on GPT-2's, which hold their weights the other way round.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target", UserWarning)
         warnings.filterwarnings("ignore", "Specified to not save basis_A and basis_B", UserWarning)
         yield
 
