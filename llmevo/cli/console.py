@@ -8,6 +8,8 @@ from typing import Any
 
 from llmevo.cli.display import score_text
 from llmevo.cli.preview import Preview
+from llmevo.genome import Genome
+from llmevo.genome.own import OWN_TASKS
 from llmevo.report.findings import Findings
 from llmevo.report.words import duration, interval, number, percent, signed
 from llmevo.runner.observer import Row
@@ -235,18 +237,47 @@ def proposals(trials: Sequence[Trial]) -> str:
     return table(head, rows) + more
 
 
+def _models(genome: Genome) -> list[tuple[str, str]]:
+    """What is merged and how, and what it is trained on; nothing of a merge where there is none."""
+    merged = [
+        ("method", ", ".join(genome.genome.methods)),
+        ("models", ", ".join(genome.genome.models)),
+        ("base", genome.genome.base_model or "none"),
+    ]
+    if genome.train is None:
+        return merged
+    given = genome.train.model_dump(exclude_defaults=True, exclude={"data"})
+    fixed = {name: value for name, value in given.items() if not isinstance(value, dict)}
+    texts = [f"{name} {' '.join(v) if isinstance(v, list) else v}" for name, v in fixed.items()]
+    trained = ("training", "; ".join([f"on {genome.train.data.train}", *texts]))
+    return [("model", f"{genome.alone}, not merged"), trained] if genome.alone else [*merged, trained]
+
+
+def _held_out_of(genome: Genome) -> str:
+    """What the table at the end is measured on: a share of lm-eval's items, and of a training's examples."""
+    asked = genome.for_lm_eval() is not None
+    parts = [f"{genome.evaluate.holdout:.0%} of the items"] if asked else []
+    if genome.train is not None:
+        data = genome.train.data
+        sources: dict[str, tuple[str | float, str | None]] = {
+            "test": (data.test, data.train),
+            "general_test": (data.general_test, data.general),
+        }
+        for name in dict.fromkeys(OWN_TASKS[task.name].parts[1] for task in genome.own_tasks):
+            part, whole = sources[name]
+            parts.append(part if isinstance(part, str) else f"{part:.0%} of {whole}")
+    return ", ".join(parts)
+
+
 def preview_text(preview: Preview) -> str:
     """What `--dry-run` prints."""
     genome, search = preview.genome, preview.genome.search
-    methods = genome.genome.methods
     tasks = ", ".join(f"{task.name} {task.metric} x{task.weight:g}" for task in genome.tasks)
     time = "unknown" if preview.seconds is None else f"about {duration(preview.seconds)}"
     facts = [
-        ("method", ", ".join(methods)),
-        ("models", ", ".join(genome.genome.models)),
-        ("base", genome.genome.base_model or "none"),
+        *_models(genome),
         ("tasks", tasks),
-        ("held out", f"{genome.evaluate.holdout:.0%} of the items"),
+        ("held out", _held_out_of(genome)),
         ("search", f"{search.direction}, {search.trials} trials in batches of {preview.batch}"),
         ("rungs", preview.rungs),
         ("proposer", f"{search.proposer}, seed {search.seed}"),

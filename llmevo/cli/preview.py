@@ -176,6 +176,7 @@ def _estimate(genome: Genome, run_dir: Path) -> tuple[float | None, str, dict[st
                     continue
                 trials = store.trials()
                 counted = (store.meta("pipeline") or {}).get("items", {})
+                seeds = {key[:2] for key in store.reruns()} if folder == run_dir else set()
         except LlmevoError:  # a damaged neighbour is no reason not to preview this run
             continue
         spent = [seconds for trial in trials if (seconds := _seconds(trial)) > 0]
@@ -184,10 +185,17 @@ def _estimate(genome: Genome, run_dir: Path) -> tuple[float | None, str, dict[st
             left = genome.search.trials - (finished if folder == run_dir else 0)
             mean = sum(spent) / len(spent)
             per_trial = f"{duration(mean)} a trial, the mean of {len(spent)} in {folder}"
+            if (again := _again(genome) - len(seeds)) > 0:
+                left, per_trial = max(left, 0) + again, f"{per_trial}; {again} are trainings with other seeds"
             items = {task: splits["search"] for task, splits in counted.items() if isinstance(splits, dict)}
             return max(left, 0) * mean / genome.run.workers, per_trial, items
     unknown = "nothing of these models and tasks was measured yet; the first trials of a run will tell"
     return None, unknown, {}
+
+
+def _again(genome: Genome) -> int:
+    """How many trainings with other seeds the end of the run has: the finalists' and the default's."""
+    return 0 if genome.train is None else genome.reruns * (genome.evaluate.finalists + 1)
 
 
 def _seconds(trial: Trial) -> float:

@@ -258,7 +258,10 @@ class TrainSpec(Spec):
     delta_lambda: _Setting = DEFAULTS.delta_lambda
     delta_start: _Setting = DEFAULTS.delta_start
     checkpointing: _Setting = DEFAULTS.checkpointing
-    together: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "auto"
+    together: Annotated[
+        Literal["auto", "off"] | Annotated[int, Field(ge=2)],
+        BeforeValidator(lambda value: "off" if value is False else value),  # as YAML has it without quotes
+    ] = "auto"
 
     @model_validator(mode="after")
     def _rules(self) -> TrainSpec:

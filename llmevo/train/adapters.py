@@ -194,7 +194,7 @@ def _sum(
 def quiet_peft() -> Iterator[None]:
     """Keep warnings from the user that are of no use to him.
 
-    peft 0.21 reads what transformers 5.23 deprecates, and RandLoRA's projections follow from their seed. QLoRA's
+    peft 0.21 reads what transformers 5.23 deprecates; RandLoRA's projections follow from their seed; QLoRA's
     adapter, trained on 4-bit modules, is as right on GPT-2's, which hold their weights the other way round.
     """
     with warnings.catch_warnings():

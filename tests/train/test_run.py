@@ -206,7 +206,7 @@ def test_best_prints_settings_that_peft_and_transformers_take(
     assert made["args"].learning_rate == best.params["train.learning_rate"]
     assert made["args"].per_device_train_batch_size == 8
     assert made["args"].num_train_epochs == 2
-    assert made["args"].warmup_steps == 1
+    assert made["args"].warmup_steps == 0  # one step here, whose learning rate is the full one
     assert command("best", str(run_dir), "--axolotl") == 0
     yaml_text = capsys.readouterr().out
     assert yaml.safe_load(yaml_text)["learning_rate"] == best.params["train.learning_rate"]
@@ -243,6 +243,31 @@ def test_the_other_commands_take_such_a_run(
         html = (tmp_path / "report.html").read_text()
         assert "PeftModel.from_pretrained(model, &#x27;" in html
         assert "mergekit-yaml" not in html
+
+
+def test_a_dry_run_says_what_is_trained_and_what_is_held_out(
+    finished: tuple[Path, InProcess], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_dir, _ = finished
+    with Store.open(run_dir, readonly=True) as store:
+        genome, cost = store.genome, [trial.cost for trial in store.trials()]
+    (tmp_path / "genome.yaml").write_text(genomes.dump(genome))
+    assert command("run", str(tmp_path / "genome.yaml"), "--dry-run", "--run-dir", str(run_dir)) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:10])
+    file = genome.train.data.train
+    assert "method" not in lines
+    assert lines["model"] == f"{genome.alone}, not merged"
+    assert lines["training"] == f"on {file}; batch_size 8; epochs 2"
+    assert lines["held"] == f"out  10% of {file}"
+    arguments = ["run", str(tmp_path / "genome.yaml"), "--dry-run", "--json", "--run-dir"]
+    assert command(*arguments, str(run_dir)) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] == 0  # it is over
+    again = 2 * (genome.evaluate.finalists + 1)
+    assert command(*arguments, str(run_dir.parent / "another"), "--set", "evaluate.reruns=2") == 0
+    found = json.loads(capsys.readouterr().out)
+    mean = sum(sum(v for k, v in c.items() if isinstance(v, float)) for c in cost) / len(cost)
+    assert f"{again} are trainings with other seeds" in found["estimate_from"]
+    assert found["seconds"] == pytest.approx(mean * (genome.search.trials + again), rel=0.5)
 
 
 @pytest.mark.slow

@@ -36,6 +36,16 @@ def test_a_genome_of_train_genes_alone() -> None:
     assert genome.for_lm_eval() is None
 
 
+def test_off_needs_no_quotes() -> None:
+    """YAML reads it as false."""
+    text = (
+        "genome: {models: [a/model]}\ntasks: [validation_loss]\ntrain: {data: facts.jsonl, together: off}\n"
+    )
+    genome = genomes.parse(text)
+    assert genome.train.together == "off"
+    assert genomes.parse(genomes.dump(genome)) == genome
+
+
 def test_merge_and_train_genes_together() -> None:
     models = {"models": ["a/x", "b/y"], "base_model": "a/base", "merge_method": "task_arithmetic"}
     genome = parsed({"learning_rate": LOG}, genome=models, tasks=["validation_loss", "mine"])
