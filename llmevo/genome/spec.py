@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -22,7 +23,16 @@ def _scalar(value: Any) -> Any:
             "must be a value, or a gene like {float: [0, 1]}, {int: [1, 8]} or {choice: [a, b]}, but got "
             f"{str(value)[:80]}"
         )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"must be a finite number, but got {value}")
     return value
+
+
+def _fixed(value: Any) -> Any:
+    """As `_scalar`, where nothing at all is no value."""
+    if value is None:
+        raise ValueError("must be a value or a gene, but got null; remove the key for mergekit's default")
+    return _scalar(value)
 
 
 class FloatGene(Spec):
@@ -93,7 +103,7 @@ class ChoiceGene(Spec):
 
 
 GeneSpec: TypeAlias = FloatGene | IntGene | ChoiceGene
-Fixed: TypeAlias = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
+Fixed: TypeAlias = Annotated[bool | int | float | str, BeforeValidator(_fixed)]
 
 
 def _kind(value: Any) -> str:
