@@ -95,7 +95,13 @@ def _load(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
 
     spec = EvaluateSpec.model_validate({"device": device, "dtype": dtype})
     where = evaluate.device(spec)
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=evaluate.dtype(spec, where))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=evaluate.dtype(spec, where))
+    except ValueError as error:  # it names all the kinds that there are
+        raise GenomeError(
+            f"`--model` must be a model that goes on with a text, but {str(folder)!r} is not "
+            f"({str(error).partition(' for this kind of')[0][:300]}); take a Llama, GPT-2 or the like."
+        ) from None
     return model.to(where).requires_grad_(False).eval(), AutoTokenizer.from_pretrained(str(folder))
 
 

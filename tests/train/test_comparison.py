@@ -103,3 +103,18 @@ def test_the_command_prints_a_line_for_each_method(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1 : 1 + len(methods)]] == methods
     assert len(json.loads((tmp_path / "found.json").read_text())["rows"]) == len(methods) == 10
+
+
+def test_a_model_that_does_not_go_on_with_a_text_is_told_in_a_line(
+    facts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import T5Config
+
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "adapters", "--model", str(tmp_path), "--data", str(facts_file)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "`--model` must be a model that goes on with a text" in said
+    assert "T5Config" in said
+    assert "LlamaConfig" not in said  # transformers names every kind that there is
