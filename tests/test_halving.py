@@ -206,6 +206,15 @@ def test_other_rungs_are_refused(text: str, tmp_path: Path) -> None:
         run(text, tmp_path / "run", work=prefix, facts={**FACTS, "rungs": [{"t": 6}, {"t": 30}]})
 
 
+def test_other_right_answers_are_refused(text: str, tmp_path: Path) -> None:
+    """A run that began before the items were hashed goes on; it cannot tell."""
+    run(text, tmp_path / "old", limit=6, work=prefix, facts=FACTS)
+    run(text, tmp_path / "old", limit=7, work=prefix, facts={**FACTS, "documents": "one"})
+    run(text, tmp_path / "run", limit=6, work=prefix, facts={**FACTS, "documents": "one"})
+    with pytest.raises(StoreError, match="documents: one -> two"):
+        run(text, tmp_path / "run", work=prefix, facts={**FACTS, "documents": "two"})
+
+
 def test_a_replay_serves_the_rungs(text: str, tmp_path: Path) -> None:
     run(text, tmp_path / "run", work=prefix, facts=FACTS, limit=9)
     run(text, tmp_path / "run", work=prefix, facts=FACTS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -362,3 +363,14 @@ def fingerprint(plan: Plan) -> str:
     """SHA-256 of every request in every split, so that a resumed run can tell whether its prompts changed."""
     parts = [(split, segment.fingerprint) for split in SPLITS for segment in plan.segments[split]]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def documents(plan: Plan) -> str:
+    """SHA-256 of every item as the task has it: right answers, which no prompt shows, are in it."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for name, rows in plan.items(split).items():
+            docs = [row[0].doc for row in rows]
+            told = json.dumps([split, name, docs], sort_keys=True, default=lambda other: type(other).__name__)
+            digest.update(told.encode())
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ from llmevo.errors import StageError
 from llmevo.evaluate.answers import Answers
 from llmevo.evaluate.measures import gold, per_item
 from llmevo.evaluate.parts import Part
-from llmevo.evaluate.plan import SPLITS, Plan, Requests, Segment, build_plan, fingerprint, quiet
+from llmevo.evaluate.plan import SPLITS, Plan, Requests, Segment, build_plan, documents, fingerprint, quiet
 from llmevo.evaluate.tasks import GOLD_METRICS
 from llmevo.evaluate.templates import compiled_once
 from llmevo.trial import Score, standard_error
@@ -90,7 +90,7 @@ class Evaluator:
             self._lm.batch_size_per_gpu = self._plan.batch_size = _batch_size(self._plan, model, self._device)
         with compiled_once():
             self._golds = {name: _golds(task, self._plan, name) for name, task in self._plan.tasks.items()}
-        self._fingerprint = fingerprint(self._plan)
+        self._fingerprint, self._documents = fingerprint(self._plan), documents(self._plan)
         with quiet():
             self._lm.check(_sample(self._plan))
             for requests in self._likelihoods():
@@ -175,8 +175,8 @@ class Evaluator:
         `items` by task and split, `weights` and `signs` by term of the score, `batch_size`, `chat_template`,
         `fewshot` by task, `truncated` requests by split, `rungs` (items by task that each rung of the search
         has, the last one all), `packed` (requests for log-likelihoods that are computed on shared
-        tokens and those that are left to lm-eval, with the reason), and `fingerprint`, which changes with any
-        prompt.
+        tokens and those that are left to lm-eval, with the reason), `fingerprint`, which changes with any
+        prompt, and `documents`, which changes with any item, its right answer included.
         """
         plan = self._plan
         longest = self._lm.max_length + 1
@@ -194,6 +194,7 @@ class Evaluator:
             "rungs": [dict(rung) for rung in plan.rungs],
             "packed": self._packed(),
             "fingerprint": self._fingerprint,
+            "documents": self._documents,
         }
 
     def _likelihoods(self) -> list[Requests]:

@@ -251,8 +251,8 @@ def check_facts(store: Store, facts: dict[str, Any]) -> dict[str, Any]:
     if known is None:
         store.set_meta("pipeline", facts)
         return facts
-    # A run of before there were rungs goes on without them.
-    keys = [*_SCORED, *(key for key in _RUNGS if key in known)]
+    # A run of before there were rungs, or hashes of the items, goes on without them.
+    keys = [*_SCORED, *(key for key in (*_RUNGS, "documents") if key in known)]
     different = [
         f"{key}: {known.get(key)} -> {facts.get(key)}" for key in keys if known.get(key) != facts.get(key)
     ]

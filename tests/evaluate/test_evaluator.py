@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,24 @@ def test_batch_size_is_chosen_once_and_the_prompts_have_a_fingerprint(
     assert describe()["fingerprint"] == facts["fingerprint"]
     assert describe(num_fewshot=1)["fingerprint"] != facts["fingerprint"]
     assert describe(evaluate={"max_length": 16})["truncated"]["search"] > 0
+
+
+def test_a_right_answer_that_changed_is_noticed(
+    llama: tuple[Any, Any], task_folder: Path, tmp_path: Path
+) -> None:
+    """No prompt shows it, so that the requests are the same."""
+    rows = (task_folder / "money.test.jsonl").read_text().splitlines()
+    task = (task_folder / "money.yaml").read_text()
+    said = []
+    for number, gold in enumerate((0, 0, 1)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        items = folder / "money.test.jsonl"
+        items.write_text("\n".join([json.dumps(json.loads(rows[0]) | {"gold": gold}), *rows[1:]]) + "\n")
+        (folder / "money.yaml").write_text(task.replace(str(task_folder / items.name), str(items)))
+        spec = genome(folder, {"name": "money"})
+        facts = Evaluator(spec, *llama, device="cpu").describe()
+        said.append((facts["fingerprint"], facts["documents"]))
+    assert said[0] == said[1]
+    assert said[2][0] == said[0][0]
+    assert said[2][1] != said[0][1]
