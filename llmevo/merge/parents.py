@@ -231,7 +231,8 @@ def _check_pair(parent: _Parent, key: str, factors: Mapping[str, Tensor], *, tra
         )
     base = parent.tensors[target].shape
     fits = (down[1], up[0]) if transposed else (up[0], down[1])
-    if base != fits or down[0] != up[1]:
+    # For GPT-2's `Conv1D`, which holds its matrix the other way round, peft corrects a flag that is wrong.
+    if base not in (fits, fits[::-1]) or down[0] != up[1]:
         raise GenomeError(
             f"`{parent.name}`: the adapter's `{target}` needs shape {list(fits)} (from A {list(down)} and "
             f"B {list(up)}), but the base model has {list(base)}: it was trained on another model"

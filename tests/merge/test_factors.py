@@ -233,3 +233,20 @@ def test_an_adapter_that_unties_the_embeddings_is_refused(tiny_llamas, make_lora
     save_file(tensors | {saved: tensors[saved] + 0.25}, stored, metadata={"format": "pt"})
     with pytest.raises(GenomeError, match=r"saved one of the two by itself \(`modules_to_save`\)"):
         Merger(MergeSpec(models=[f"{base}+{adapter}"], merge_method="linear"))
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_a_flag_that_peft_corrects_is_no_other_model(make_lora, tmp_path) -> None:
+    """GPT-2's matrices lie the other way round, which peft sees for itself."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = tmp_path / "gpt2"
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).bfloat16().save_pretrained(base)
+    adapter = make_lora(tmp_path / "lora", base, seed=5, target_modules=["c_attn"], fan_in_fan_out=True)
+    merged = []
+    for flag in (True, False):
+        settings = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(settings | {"fan_in_fan_out": flag}))
+        merged.append(state(Merger(MergeSpec(models=[f"{base}+{adapter}"], merge_method="linear"))))
+    assert all(torch.equal(tensor, merged[1][name]) for name, tensor in merged[0].items())
