@@ -118,8 +118,12 @@ def tensors(folder: Path, stem: str, name: str) -> dict[str, Tensor]:
 
 def stored_in(located: Located, dtype: Any) -> bool:
     """Whether all tensors of a model's own files are in a torch dtype."""
-    stored = {t.dtype for t in tensors(located.folder, "model", located.name).values()}
-    return {_DTYPES.get(name) for name in stored} == {str(dtype).removeprefix("torch.")}
+    return dtypes(located) == {str(dtype).removeprefix("torch.")}
+
+
+def dtypes(located: Located) -> set[str | None]:
+    """In what a model's own files hold its tensors: torch's names; None for what no model computes in."""
+    return {_DTYPES.get(t.dtype) for t in tensors(located.folder, "model", located.name).values()}
 
 
 def vocabulary(folder: Path) -> dict[int, str]:

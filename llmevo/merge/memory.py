@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,7 +46,9 @@ def plan(
     Returns:
         Plain data: `mode`, `device`, `models` (by name, `bytes`, `where`: a device, `host` or `file`, and
         `form`: `weights`, `changed` for the tensors that an adapter changes, `factors`), the bytes `merged`,
-        `staging` (where blocks are copied to), `ranks`, `needed` and `available` (None where unknown).
+        `staging` (where blocks are copied to), `ranks`, `needed` and `available` (None where unknown), the
+        `dtype`, and of models that are stored in others and lose digits to it how many are `rounded`, by
+        theirs.
 
     Raises:
         GenomeError: If all of it must be resident and does not fit, or not even the merged model does.
@@ -69,7 +72,18 @@ def plan(
         "ranks": ranks,
         "needed": needed,
         "available": free,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounded": _rounded(located.values(), dtype),
     }
+
+
+def _rounded(located: Iterable[Located], dtype: torch.dtype) -> dict[str, int]:
+    """How many models have tensors of another dtype that has digits or a range which `dtype` lacks."""
+    found: Counter[str] = Counter()
+    for where in {where.folder: where for where in located}.values():
+        others = headers.dtypes(where) - {None, str(dtype).removeprefix("torch.")}
+        found.update(name for name in others if name and dtype.itemsize < 4)
+    return dict(sorted(found.items()))
 
 
 def _models(

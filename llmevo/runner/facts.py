@@ -14,13 +14,14 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def lines(facts: Mapping[str, Any], rungs: Rungs | None) -> list[str]:
-    """A line each on the rungs, the memory plan and the packing, as far as the pipeline says something.
+    """A line each on the rungs, the memory, the packing and the like, as far as the pipeline says something.
 
     Args:
         facts: From `Pipeline.describe`.
         rungs: From `Rungs.of`.
     """
-    found = [_rungs(facts, rungs), _memory(facts), _nf4(facts), _prefix(facts), _packed(facts)]
+    makers = (_memory, _rounded, _nf4, _prefix, _packed)
+    found = [_rungs(facts, rungs), *(make(facts) for make in makers)]
     return [line for line in found if line]
 
 
@@ -55,6 +56,16 @@ def _memory(facts: Mapping[str, Any]) -> str:
     parts.append(f"the merged model {size(plan['merged'])}")
     room = "" if plan["available"] is None else f", {size(plan['available'])} free"
     return f"memory: {plan['mode']} on {plan['device']}, {', '.join(parts)}{room}"
+
+
+def _rounded(facts: Mapping[str, Any]) -> str:
+    """Whether models lose digits before anything is merged or trained."""
+    plan = facts.get("memory") or {}
+    kinds = [
+        f"{count} model{'s' if count > 1 else ''} with tensors in {dtype}"
+        for dtype, count in plan.get("rounded", {}).items()
+    ]
+    return f"rounded: {', '.join(kinds)}, as `genome.dtype` is {plan['dtype']}" if kinds else ""
 
 
 def _count(things: list[int], name: str) -> str:

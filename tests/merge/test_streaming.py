@@ -5,6 +5,7 @@ No GPU is needed: the staged path runs on the CPU as well, without a stream of i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from merge_buffers import buffers
 from llmevo.errors import GenomeError
 from llmevo.genome import MergeSpec
 from llmevo.merge import Merger, memory, merger
+from llmevo.runner import facts
 
 torch = pytest.importorskip("torch")
 
@@ -143,3 +145,14 @@ def test_the_plan_for_a_gpu(tiny_llamas, monkeypatch) -> None:
         _plan(spec, monkeypatch, 4 * one, 10**9, "resident")
     with pytest.raises(GenomeError, match=r"`evaluate\.device`: the merged model and what is copied"):
         _plan(spec, monkeypatch, one, 10**9)
+
+
+def test_what_is_rounded_before_a_merge_is_said(tiny_llamas, make_tiny_llama, tmp_path: Path) -> None:
+    wide = make_tiny_llama(tmp_path / "wide", seed=5, start=tiny_llamas.base, dtype="float32")
+    models = [str(tiny_llamas.parents[0]), str(wide)]
+    said = [
+        facts.lines({"memory": Merger(MergeSpec(models=models, dtype=dtype)).memory}, None)
+        for dtype in ("bfloat16", "float32")
+    ]
+    assert said[0][1:] == ["rounded: 1 model with tensors in float32, as `genome.dtype` is bfloat16"]
+    assert len(said[1]) == 1  # nothing is lost
