@@ -157,7 +157,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             # The same weights answer otherwise with other positions or norms, or other rules of generation.
             "configuration": _digest(config.to_dict(), self.model.generation_config.to_dict()),
             "tokens": [self.tokenizer.pad_token_id, self.eot_token_id, self.prefix_token_id],
-            "vocabulary": len(self.tokenizer),
+            "tokenizer": _digest(_rules(self.tokenizer)),
             "versions": [torch.__version__, transformers.__version__, lm_eval.__version__],
         }
         return json.dumps(facts, sort_keys=True)
@@ -250,6 +250,15 @@ class _Order(CacheHook):  # type: ignore[misc]
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
         self.requests.append(_name(req))
+
+
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    """How a tokenizer cuts and joins text, without how it was last told to fill up rows."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {"vocabulary": tokenizer.get_vocab()}
+    rules: dict[str, Any] = json.loads(backend.to_str())
+    return {key: rule for key, rule in rules.items() if key not in ("padding", "truncation")}
 
 
 def _digest(*configurations: dict[str, Any]) -> str:

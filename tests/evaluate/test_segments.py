@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.decoders import Fuse
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
@@ -165,9 +166,13 @@ def test_what_the_answers_depend_on_is_in_the_key(
     repeating.generation_config.repetition_penalty = 1.5
     for model in (turned, repeating):  # the same weights, read from a folder whose configuration was edited
         assert not make((model, llama[1]), task_folder, cache).known("search", 0, "w")
-    elsewhere = copy.deepcopy(llama[0])
+    other = copy.deepcopy(llama[1])
+    other.backend_tokenizer.decoder = Fuse()  # the same vocabulary, other texts
+    assert not make((llama[0], other), task_folder, cache).known("search", 0, "w")
+    elsewhere, filling = copy.deepcopy(llama[0]), copy.deepcopy(llama[1])
     elsewhere.config._name_or_path = "elsewhere"
-    assert make((elsewhere, llama[1]), task_folder, cache).known("search", None, "w")
+    filling(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    assert make((elsewhere, filling), task_folder, cache).known("search", None, "w")
 
 
 @pytest.mark.parametrize("reference", [False, True])
