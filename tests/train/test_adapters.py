@@ -182,11 +182,11 @@ def test_a_gpt2_is_trained_and_saved(
     model = GPT2LMHeadModel(config).requires_grad_(False).eval()
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     trainer = Trainer(make_spec(), model, tokenizer, seed=0)
-    with trainer.candidate(
-        make_spec(adapter=adapter, epochs=4).settings({}), 0, "base", tmp_path / "t"
-    ) as trained:
+    rate = 0.1 if adapter == "ia3" else 0.01  # it has few weights; dropout is as large as less
+    spec = make_spec(adapter=adapter, epochs=4, learning_rate=rate)
+    with trainer.candidate(spec.settings({}), 0, "base", tmp_path / "t") as trained:
         logits = model(PROBE).logits
-    assert trained.metrics["loss_last"] < trained.metrics["loss_first"]
+    assert trained.metrics["loss_last"] < trained.metrics["loss_first"] - 0.05
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     alone = peft.PeftModel.from_pretrained(model, tmp_path / "t").eval()
     torch.testing.assert_close(alone(PROBE).logits, logits, atol=2e-6, rtol=0)
