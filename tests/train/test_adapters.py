@@ -182,7 +182,7 @@ def test_a_gpt2_is_trained_and_saved(
     model = GPT2LMHeadModel(config).requires_grad_(False).eval()
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     trainer = Trainer(make_spec(), model, tokenizer, seed=0)
-    rate = 0.1 if adapter == "ia3" else 0.01  # it has few weights; dropout is as large as less
+    rate = 0.1 if adapter == "ia3" else 0.01  # fewer weights, which less would leave in dropout's noise
     spec = make_spec(adapter=adapter, epochs=4, learning_rate=rate)
     with trainer.candidate(spec.settings({}), 0, "base", tmp_path / "t") as trained:
         logits = model(PROBE).logits
