@@ -163,7 +163,8 @@ def paired_p_value(
 
     The exact McNemar test where every item was answered right or wrong and all tasks weigh the same.
     Otherwise the paired bootstrap: how often the weighted mean of resampled differences is as far from the
-    observed one as that is from zero (Efron and Tibshirani 1993, ch. 16), at least 1 / (resamples + 1).
+    observed one as that is from zero (Efron and Tibshirani 1993, ch. 16), at least 1 / (resamples + 1), and
+    at least what an exact sign test of as many items can come to: a few resampled items show no noise.
 
     Args:
         a: Per-item scores by task, as in `Score.items`.
@@ -189,7 +190,12 @@ def paired_p_value(
     apart = np.abs(_bootstrap(strata, resamples, seed) - observed)
     # Sums of 0/1 differences fall on a grid: what is as far to within rounding is as far.
     as_far = int((apart >= abs(observed) - 1e-9 * max(1.0, abs(observed))).sum())
-    return (1 + as_far) / (1 + resamples)
+    return max((1 + as_far) / (1 + resamples), _least(len(first)))
+
+
+def _least(items: int) -> float:
+    """The smallest two-sided p-value of an exact sign test, 2^(1 - n): all of n differences have one sign."""
+    return min(1.0, 2.0 ** (1 - items))
 
 
 @final
@@ -234,7 +240,7 @@ def paired_over_seeds(
     Other items would give another difference, and so would other seeds. The variance is the sum of both,
     `sum over tasks of weight^2 var(a - b) / n + deviation^2 (1 / seeds_a + 1 / seeds_b)`, and the statistic
     has a t distribution with the degrees of freedom of Welch and Satterthwaite (Satterthwaite 1946,
-    https://doi.org/10.2307/3002019).
+    https://doi.org/10.2307/3002019). As in `paired_p_value`, few items never make a small p-value.
 
     Args:
         a: Per-item scores by task, each the mean over the seeds.
@@ -251,8 +257,9 @@ def paired_over_seeds(
 
     _check_level(level)
     parts: list[tuple[float, float]] = []  # of the variance, with their degrees of freedom
-    estimate = 0.0
-    for task, (first, second) in _pairs(a, b).items():
+    estimate, pairs = 0.0, _pairs(a, b)
+    least = _least(sum(len(first) for first, _ in pairs.values()))
+    for task, (first, second) in pairs.items():
         weight, gaps = float((weights or {}).get(task, 1.0)), first - second
         estimate += weight * float(gaps.mean())
         if len(gaps) > 1:
@@ -260,11 +267,11 @@ def paired_over_seeds(
     parts.append((spread.deviation**2 * sum(1 / count for count in seeds if count), spread.freedom))
     variance = math.fsum(part for part, _ in parts)
     if variance == 0:
-        return Interval(estimate, estimate, estimate, level), float(estimate == 0)
+        return Interval(estimate, estimate, estimate, level), max(float(estimate == 0), least)
     freedom = variance**2 / math.fsum(part**2 / count for part, count in parts)
     error = math.sqrt(variance)
     half = float(stdtrit(freedom, (1 + level) / 2)) * error
-    p_value = 2 * float(stdtr(freedom, -abs(estimate) / error))
+    p_value = max(2 * float(stdtr(freedom, -abs(estimate) / error)), least)
     return Interval(estimate - half, estimate + half, estimate, level), p_value
 
 

@@ -188,7 +188,7 @@ def test_p_values_refuse_what_cannot_be_compared() -> None:
         paired_p_value({"t": [1.0]}, {"t": [0.0]}, resamples=1)
 
 
-@given(st.integers(0, 2**32), st.integers(2, 6), st.integers(2, 6), st.integers(1, 9))
+@given(st.integers(0, 2**32), st.integers(2, 6), st.integers(2, 6), st.integers(1, 30))
 def test_seeds_alone_are_a_two_sample_t_test(seed: int, few: int, many: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     first, second = rng.normal(0, 1, few).tolist(), rng.normal(1, 2, many).tolist()
@@ -198,7 +198,7 @@ def test_seeds_alone_are_a_two_sample_t_test(seed: int, few: int, many: int, cou
     interval, p_value = paired_over_seeds(*items, (len(first), len(second)), spread)
     theirs = reference.ttest_ind(first, second)
     low, high = theirs.confidence_interval(0.95)
-    assert p_value == pytest.approx(theirs.pvalue, abs=1e-9)
+    assert p_value == pytest.approx(max(theirs.pvalue, 2.0 ** (1 - count)), abs=1e-9)
     assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))
 
 
@@ -234,3 +234,14 @@ def test_an_interval_over_seeds_and_items_holds_its_level() -> None:
         interval, _ = paired_over_seeds({"t": a.tolist()}, {"t": b.tolist()}, (2, 2), spread)
         covered += interval.low <= 0 <= interval.high
     assert 0.92 <= covered / runs <= 0.99
+
+
+@given(
+    st.lists(st.floats(0.9, 1.1), min_size=1, max_size=8).filter(lambda gaps: len(set(gaps)) == len(gaps)),
+    st.floats(0, 0.01),
+)
+def test_a_few_items_that_agree_prove_nothing(gaps: list[float], deviation: float) -> None:
+    zeros = {"t": [0.0] * len(gaps)}
+    least = 2.0 ** (1 - len(gaps))
+    assert paired_p_value({"t": gaps}, zeros, resamples=200) >= least
+    assert paired_over_seeds({"t": gaps}, zeros, (2, 2), Spread(deviation, 4))[1] >= least
